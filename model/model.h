@@ -1,0 +1,358 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * model: what is trained, as data. The DeepSpeed config and its "shardmesh"
+ * section, the Hugging Face config.json, the cut of a model into units, pages
+ * and runs, who owns which run, the memory plan, the learning-rate schedule,
+ * training data, and safetensors files. No sockets, no threads, no mathematics
+ * on tensors. Everything here is a function of its inputs alone.
+ */
+#ifndef SHARDMESH_MODEL_H
+#define SHARDMESH_MODEL_H
+
+#include "base/base.h"
+
+/* ---------------------------------------------------------- model (config.json) */
+
+enum model_family { FAMILY_GPT2 };
+
+/* The keys of an HF GPT-2 config.json that change the arithmetic, HF's defaults filled in. */
+struct model_config {
+	enum model_family family;
+	uint32_t vocab_size, n_positions, n_embd, n_layer, n_head, n_inner;
+	uint32_t activation; /* enum k_activation's value: gelu_new, gelu, relu, silu */
+	float layer_norm_epsilon, initializer_range;
+	float embd_pdrop, attn_pdrop, resid_pdrop;
+	bool tie_word_embeddings, scale_attn_weights, scale_attn_by_inverse_layer_idx;
+	char *json; /* the whole config.json as it will be written beside the result; malloced */
+};
+
+/*
+ * text: the JSON of a config.json; name: how messages call it (a path, or
+ * "ds.json: shardmesh.model"). Unknown keys that cannot change the arithmetic
+ * are kept; keys and values we do not implement are refused by name. -EINVAL.
+ */
+int model_config_parse(const char *text, const char *name, struct model_config *out, struct err *e);
+void model_config_release(struct model_config *m);
+
+/* --------------------------------------------------------- job (DeepSpeed JSON) */
+
+enum optimizer_type { OPTIMIZER_ADAM, OPTIMIZER_ADAMW };
+struct optimizer_config {
+	enum optimizer_type type;
+	double lr, beta1, beta2, eps, weight_decay;
+	bool bias_correction;
+	bool decoupled; /* AdamW's decay: type AdamW, or Adam with adam_w_mode (the default) */
+};
+
+enum scheduler_type { SCHEDULER_NONE, SCHEDULER_WARMUP, SCHEDULER_WARMUP_DECAY, SCHEDULER_WARMUP_COSINE };
+struct scheduler_config {
+	enum scheduler_type type;
+	double warmup_min_lr, warmup_max_lr, warmup_min_ratio, cos_min_ratio;
+	uint64_t warmup_num_steps, total_num_steps;
+	bool log_warmup; /* else linear */
+};
+
+/* zero_optimization.*, DeepSpeed's names and defaults, in elements unless the key says otherwise. */
+struct zero_config {
+	uint32_t stage;
+	uint64_t stage3_prefetch_bucket_size, stage3_max_live_parameters, stage3_max_reuse_distance;
+	uint64_t stage3_param_persistence_threshold, stage3_model_persistence_threshold;
+	uint64_t sub_group_size, reduce_bucket_size;
+	bool overlap_comm, contiguous_gradients, stage3_gather_16bit_weights_on_model_save;
+};
+
+enum data_format { DATA_BYTES, DATA_LLMC, DATA_NANOGPT };
+enum activations_mode { ACTIVATIONS_AUTO, ACTIVATIONS_KEEP, ACTIVATIONS_RECOMPUTE };
+
+struct data_config {
+	char **train; /* paths, n_train of them */
+	uint32_t n_train;
+	char **validation; /* or none, and validation_fraction of train's tail */
+	uint32_t n_validation;
+	double validation_fraction;
+	enum data_format format;
+	uint32_t sequence_length;
+};
+
+struct job_config {
+	/* batch arithmetic as given; 0: not given */
+	uint64_t train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps;
+	double gradient_clipping; /* 0: off */
+	struct optimizer_config optimizer;
+	struct scheduler_config scheduler;
+	struct zero_config zero;
+	uint64_t steps_per_print; /* 0: off */
+	/* "shardmesh" */
+	struct model_config model;
+	struct data_config data;
+	uint64_t steps, seed;
+	uint64_t eval_interval; /* steps between evaluations; 0: only after the last step */
+	uint32_t eval_batches;  /* micro-batches an evaluation; 0: none at all */
+	uint32_t shards, workers, threads_per_worker, threads_per_shard; /* threads 0: automatic */
+	char *fabric;           /* "auto", "local", "local-copy" */
+	char *math;             /* "" or k_profile_detect's `want` */
+	char *run_dir;
+	uint64_t state_hash_interval; /* 0: never */
+	uint64_t activation_memory;   /* bytes a worker; 0: automatic */
+	enum activations_mode activations;
+	uint32_t max_owners_per_unit; /* F */
+	uint32_t max_held_nodes;      /* K */
+	uint64_t partial_sum_memory;  /* bytes a shard service may use beside the accumulators; 0: automatic */
+};
+
+/*
+ * Reads a DeepSpeed JSON: comments (//, #, block) and trailing commas accepted,
+ * duplicates rejected. Every unknown key is an error that names file, line, key
+ * and the nearest known one; a known key whose behaviour is not built, set to
+ * anything but its no-effect value, is refused with the reason. Relative paths
+ * inside are taken from base_dir. -EINVAL.
+ */
+int job_config_parse(const char *text, const char *name, const char *base_dir, struct job_config *out, struct err *e);
+int job_config_load(const char *path, struct job_config *out, struct err *e);
+/* What the command line lays over the file, before validation; NULL or 0: not given. */
+struct job_overrides {
+	uint64_t shards, workers, threads, steps;
+	const uint64_t *seed;
+	const char *run_dir, *fabric;
+};
+int job_config_override(struct job_config *c, const struct job_overrides *o, struct err *e);
+/* Everything that can be checked without touching data: counts, lengths, positions. */
+int job_config_validate(const struct job_config *c, struct err *e);
+/*
+ * The resolved config as JSON text that job_config_parse reads back to the same
+ * values (absolute paths, model inline): what members get. malloced.
+ */
+int job_config_dump(const struct job_config *c, char **json, struct err *e);
+void job_config_release(struct job_config *c);
+
+struct batch_plan {
+	uint64_t train_batch_size; /* T: samples a step */
+	uint32_t micro_batch;      /* m: samples a micro-batch */
+	uint32_t n_micro;          /* M = T / m */
+};
+/* T, m, M for `workers` workers at first start; given T and m decide M whatever workers is. -EINVAL. */
+int batch_resolve(const struct job_config *c, uint32_t workers, struct batch_plan *out, struct err *e);
+
+/* Learning rate of step s (from 1), DeepSpeed's formulas (t = adam_t - 1), det_* routines. */
+double schedule_lr(const struct job_config *c, uint64_t adam_t);
+
+/* ------------------------------------------------------------- units and pages */
+
+enum unit_kind { UNIT_EMBEDDING, UNIT_BLOCK, UNIT_HEAD };
+enum tensor_init { INIT_ZERO, INIT_ONE, INIT_NORMAL };
+
+struct tensor_info {
+	char name[96];        /* HF name */
+	uint32_t unit;
+	uint32_t n_dims;
+	uint64_t shape[4];
+	uint64_t offset, n;   /* elements, in the unit's flat vector; offset a multiple of 128 */
+	enum tensor_init init;
+	float init_std;
+	uint64_t rng_stream;  /* hash of the name: initialisation does not depend on the partition */
+};
+
+/*
+ * A part is one use of a unit's tensors that has its own reduction tree; the
+ * unit's gradient is the sum of its parts' roots in part order. Part 0 covers
+ * the whole unit; a tied embedding has a part 1 for its use in the head.
+ */
+struct unit_part {
+	uint64_t begin, end;  /* elements of the unit's flat vector */
+};
+#define UNIT_PARTS_MAX 2
+
+struct unit_info {
+	enum unit_kind kind;
+	uint32_t layer;              /* of a block */
+	uint32_t first_tensor, n_tensors;
+	uint64_t n_used;             /* elements up to the end of the last tensor */
+	uint64_t n;                  /* padded to whole pages with zeros */
+	uint32_t n_pages, n_runs;
+	uint32_t n_parts;
+	struct unit_part part[UNIT_PARTS_MAX];
+};
+
+#define RUNS_PER_UNIT_MAX 64
+struct unit_table {
+	uint32_t n_units, n_tensors;
+	struct unit_info *unit;
+	struct tensor_info *tensor;  /* in unit order */
+	uint64_t page;               /* elements a page */
+	uint64_t n_parameters;       /* real ones, tied counted once */
+	uint64_t n_elements;         /* padded */
+	uint64_t largest_unit;       /* padded elements */
+};
+
+/* Page size rule: design "Words". Deterministic in the model alone. -ENOMEM, -EINVAL. */
+int unit_table_init(struct unit_table *t, const struct model_config *m, struct err *e);
+void unit_table_release(struct unit_table *t);
+/* First element of run r of a unit, r <= n_runs: run r is [run_begin(r), run_begin(r+1)). */
+uint64_t unit_run_begin(const struct unit_table *t, uint32_t unit, uint32_t r);
+const struct tensor_info *unit_table_find(const struct unit_table *t, const char *name);
+
+/* -------------------------------------------------------------------- page map */
+
+/*
+ * Run -> owner. A function of the list of shard members: each unit's runs are
+ * spread evenly (difference at most 1) over at most F owners, and owners' totals
+ * are even too; page_map_add / page_map_remove move about 1/N of the pages and
+ * no more. Owners are member ids.
+ */
+struct page_map {
+	uint32_t n_members, n_units;
+	uint32_t max_owners;
+	uint32_t *member;  /* [n_members] ids, ascending */
+	uint32_t *owner;   /* [n_units][RUNS_PER_UNIT_MAX] member ids */
+};
+
+int page_map_init(struct page_map *p, const struct unit_table *t, const uint32_t *members, uint32_t n, uint32_t max_owners);
+int page_map_add(struct page_map *p, const struct unit_table *t, uint32_t member);
+int page_map_remove(struct page_map *p, const struct unit_table *t, uint32_t member);
+void page_map_release(struct page_map *p);
+static inline uint32_t page_map_owner(const struct page_map *p, uint32_t unit, uint32_t run)
+{
+	return p->owner[unit * RUNS_PER_UNIT_MAX + run];
+}
+
+/*
+ * A member's share of a unit: its runs compact and in global order. Adjacent
+ * runs are joined into one segment.
+ */
+struct share_seg {
+	uint64_t unit_offset;  /* elements, in the unit's flat vector */
+	uint64_t share_offset; /* elements, in the share */
+	uint64_t n;
+};
+struct share {
+	uint32_t n_seg;
+	uint64_t n; /* elements in all */
+	struct share_seg seg[RUNS_PER_UNIT_MAX];
+};
+void page_map_share(const struct page_map *p, const struct unit_table *t, uint32_t member, uint32_t unit,
+		    struct share *out);
+/*
+ * A shard service's parameter region: PARAM_HEADER bytes with the progress word
+ * at offset 0, then its shares in unit order, back to back. Byte offset of a
+ * unit's share; unit == n_units gives the region's size.
+ */
+#define PARAM_HEADER 4096u
+uint64_t page_map_share_bytes(const struct page_map *p, const struct unit_table *t, uint32_t member, uint32_t unit);
+
+/* ----------------------------------------------------------------- memory plan */
+
+/* All memory is planned before the first step; a program prints its plan and keeps to it. */
+#define PLAN_LINES_MAX 24
+struct plan_line {
+	char name[32];
+	uint64_t bytes;
+	char note[96];
+};
+struct mem_plan {
+	uint32_t n_lines;
+	struct plan_line line[PLAN_LINES_MAX];
+	uint64_t total;
+};
+void mem_plan_add(struct mem_plan *p, const char *name, uint64_t bytes, const char *note_fmt, ...) PRINTF_LIKE(4, 5);
+void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p);
+
+/*
+ * Activation buffers of a span, in floats per micro-batch: `boundary` is kept
+ * for every unit whatever the mode; `inner` per block is kept, or once for the
+ * block being recomputed; `scratch` is one block's backward; `head` is the
+ * logits and what the loss needs.
+ */
+struct activation_sizes {
+	uint64_t boundary, inner, scratch, head;
+};
+void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
+			  struct activation_sizes *out);
+
+struct worker_plan {
+	uint32_t max_span;         /* micro-batches of a lease this worker can hold: a power of two */
+	bool keep_activations;
+	uint64_t window_elements;  /* live window where units are copied (0 where they are mapped) */
+	uint32_t n_gradient_buffers;
+	uint64_t gradient_elements; /* of one buffer: the largest unit */
+	uint64_t workspace_bytes;
+	struct mem_plan mem;
+};
+/*
+ * workspace(ctx, n_mb): the kernels' workspace for spans of n_mb (a callback,
+ * since model does not know kernels). host_memory / host_workers: for the
+ * automatic budget. mapped: units are read in place. -ENOMEM with the numbers
+ * when not even a span of one micro-batch fits.
+ */
+int worker_plan_make(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
+		     uint64_t host_memory, uint32_t host_workers, bool mapped,
+		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out, struct err *e);
+
+struct shard_plan {
+	uint64_t n_elements;       /* owned */
+	uint64_t pool_elements;    /* partial sums in memory, beside one accumulator a page */
+	uint64_t spill_elements;   /* partial sums that may go to the spill file */
+	uint64_t inbox_elements;   /* one worker's inbox: the largest share of a unit; 0 where mapped */
+	struct mem_plan mem;
+};
+int shard_plan_make(const struct job_config *c, const struct unit_table *t, const struct page_map *map, uint32_t member,
+		    uint32_t n_micro, uint32_t n_workers, bool mapped, struct shard_plan *out, struct err *e);
+
+/* ------------------------------------------------------------------------ data */
+
+/*
+ * Token streams, memory-mapped, opened once by each worker. A sample is
+ * sequence_length + 1 consecutive tokens; windows tile the stream. Which sample
+ * stands where is a pure function of (seed, step, micro-batch): a permutation of
+ * all windows an epoch.
+ */
+struct data_set;
+enum data_split { DATA_TRAIN, DATA_VALIDATION };
+
+/* vocab: ids at or beyond it are an error that names the file and the position. */
+int data_open(const struct data_config *d, uint64_t seed, uint32_t vocab, struct data_set **out, struct err *e);
+void data_close(struct data_set *d);
+uint64_t data_tokens(const struct data_set *d, enum data_split split);
+uint64_t data_windows(const struct data_set *d, enum data_split split);
+/* XXH3-64 over sizes and a sample of the contents: members that see other files differ in it. */
+uint64_t data_fingerprint(const struct data_set *d);
+/*
+ * Micro-batch `index` of step `step` (training), or micro-batch `index` of the
+ * fixed evaluation set. tokens, targets: [micro_batch][sequence_length].
+ */
+void data_micro_batch(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
+		      uint32_t micro_batch, uint32_t *tokens, uint32_t *targets);
+
+/* ----------------------------------------------------------------- safetensors */
+
+enum st_dtype { ST_F32, ST_F16, ST_BF16 };
+struct st_tensor {
+	char *name;
+	enum st_dtype dtype;
+	uint32_t n_dims;
+	uint64_t shape[8];
+	uint64_t begin, end; /* bytes, from the start of the data section */
+};
+struct st_file {
+	int fd;
+	char *path;
+	uint64_t data_offset; /* of the data section in the file */
+	uint32_t n_tensors;
+	struct st_tensor *tensor; /* by begin */
+};
+/* Opens and checks everything the format forbids before anything is allocated by its word. -EINVAL names file and cause. */
+int st_open(const char *path, struct st_file *out, struct err *e);
+void st_close(struct st_file *f);
+const struct st_tensor *st_find(const struct st_file *f, const char *name);
+/* Reads elements [first, first+n) as fp32, converting F16 and BF16. */
+int st_read_f32(const struct st_file *f, const struct st_tensor *t, uint64_t first, uint64_t n, float *out,
+		struct err *e);
+
+/*
+ * The header of a model.safetensors for all tensors of a table, in F32, with
+ * {"format":"pt"}, tensors by name as the reference writer orders them:
+ * *header (malloced) is the 8-byte length and the padded JSON; order[i] is the
+ * table's index of the i-th tensor in the data section, which follows densely.
+ */
+int st_header_for(const struct unit_table *t, char **header, size_t *bytes, uint32_t *order, struct err *e);
+
+#endif

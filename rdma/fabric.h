@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rdma: the one-sided fabric. This header is the whole contract; providers
+ * (local: shared memory; verbs and libfabric to come) implement struct
+ * fab_ops with designated initialisers.
+ *
+ * - A struct fab and everything made from it belong to one thread (a member's
+ *   control thread). Memory of a region may be used by any thread.
+ * - Regions are allocated by the fabric, once, before the first step: a NIC
+ *   registers them, shared memory seals them. A region is remotely readable, or
+ *   remotely writable by exactly one endpoint, never both.
+ * - Operations are posted in batches on an endpoint and complete in batches by
+ *   fab_poll. Operations of a batch may complete in any order.
+ * - A write's notice is delivered to the other side after its bytes are visible
+ *   there. A completed read saw bytes that were published before it was posted.
+ * - Addresses and region descriptors are opaque blobs of at most 512 bytes.
+ *   They are exchanged over the authenticated control connection, so that who
+ *   has one has been let in; each address is good for one connection by one peer.
+ * - Errors: -Exxx from posting means nothing of the batch was posted. A failed
+ *   operation completes with status < 0; a broken endpoint gives FAB_EV_DOWN
+ *   after all its operations have completed, and its memory may be reused then.
+ */
+#ifndef SHARDMESH_FABRIC_H
+#define SHARDMESH_FABRIC_H
+
+#include "base/base.h"
+
+struct fab;        /* a provider instance */
+struct fab_ep;     /* a connection to one peer */
+struct fab_region; /* local memory, remotely accessible */
+struct fab_remote; /* a peer's region */
+
+enum fab_memory { FAB_HOST, FAB_HUGEPAGE, FAB_CUDA };
+enum fab_access {
+	FAB_LOCAL,        /* destination of our reads, source of our writes */
+	FAB_REMOTE_READ,  /* exported read-only: parameters, gradients in place */
+	FAB_REMOTE_WRITE, /* an inbox: exported to one endpoint for pushes */
+};
+
+struct fab_region_attr {
+	const char *name;       /* "parameters": in logs and /proc */
+	enum fab_memory memory;
+	int device;             /* of FAB_CUDA */
+	uint64_t bytes;         /* rounded up to the memory's page size */
+	enum fab_access access;
+};
+
+#define FAB_BLOB_MAX 512
+struct fab_blob {
+	uint32_t bytes;
+	uint8_t data[FAB_BLOB_MAX];
+};
+
+struct fab_op {
+	struct fab_remote *remote;
+	uint64_t remote_offset;
+	struct fab_region *local;
+	uint64_t local_offset;
+	uint64_t bytes;
+	uint64_t user;  /* comes back with the completion */
+	uint32_t imm;   /* writes: the notice's value */
+};
+
+enum fab_event_type {
+	FAB_EV_CONNECTED, /* our fab_connect succeeded */
+	FAB_EV_ACCEPTED,  /* a peer used an address of ours; user: what fab_address was given */
+	FAB_EV_READ,      /* a read completed */
+	FAB_EV_WRITE,     /* a write completed: our buffer is ours again */
+	FAB_EV_NOTICE,    /* a peer's write into a region of ours is visible; imm */
+	FAB_EV_DOWN,      /* the endpoint is broken (status says why); all its operations have completed */
+};
+struct fab_event {
+	enum fab_event_type type;
+	int status;      /* 0 or -Exxx */
+	struct fab_ep *ep;
+	uint64_t user;
+	uint32_t imm;
+};
+
+/* Plain counters; programs register them as metrics. */
+struct fab_counters {
+	_Atomic uint64_t reads, read_bytes, writes, write_bytes, notices, mapped_bytes, errors, connects;
+};
+
+struct fab_config {
+	struct log *log;
+	const char *job;     /* names what we create */
+	uint32_t member;     /* our member id */
+};
+
+struct fab_ops {
+	const char *name;
+	bool maps;           /* fab_map works: memory of a peer can be used in place */
+	int (*open)(const struct fab_config *cfg, struct fab **out, struct err *e);
+	void (*close)(struct fab *f);
+
+	/* An address for one connection by one peer; `user` comes back in FAB_EV_ACCEPTED. */
+	int (*address)(struct fab *f, uint64_t user, struct fab_blob *out);
+	/* Starts to connect; FAB_EV_CONNECTED or FAB_EV_DOWN follows. */
+	int (*connect)(struct fab *f, const struct fab_blob *address, uint64_t user, struct fab_ep **out);
+	/* Drains and frees the endpoint; no event for it comes after. */
+	void (*disconnect)(struct fab_ep *ep);
+
+	int (*region_open)(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e);
+	void (*region_close)(struct fab_region *r);
+	void *(*region_addr)(struct fab_region *r);
+	/* Gives ep's peer access; the blob goes to that peer. Endpoint must be connected. */
+	int (*export_region)(struct fab_ep *ep, struct fab_region *r, struct fab_blob *out);
+	/* -EAGAIN: what the blob names is still on its way; try again after the next fab_poll. */
+	int (*import_region)(struct fab_ep *ep, const struct fab_blob *blob, struct fab_remote **out);
+	void (*remote_close)(struct fab_remote *r); /* unmaps what was mapped */
+	/*
+	 * Maps [offset, offset+bytes) of a peer's region at `at` (page-aligned,
+	 * inside address space the caller reserved; NULL: anywhere), populated.
+	 * Read-only for FAB_REMOTE_READ. -ENOTSUP where memory is not shared.
+	 */
+	int (*map)(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out);
+
+	int (*read)(struct fab_ep *ep, const struct fab_op *op, uint32_t n);
+	int (*write_notify)(struct fab_ep *ep, const struct fab_op *op, uint32_t n);
+	/* Up to max events; never blocks. */
+	uint32_t (*poll)(struct fab *f, struct fab_event *out, uint32_t max);
+	/* Readable when fab_poll may have something, after fab_arm said true. */
+	int (*fd)(struct fab *f);
+	/* Ask for the fd to fire; false: something is there already, poll again. */
+	bool (*arm)(struct fab *f);
+	const struct fab_counters *(*counters)(const struct fab *f);
+};
+
+/* "local", "local-copy" (local without map: every byte moved by reads and writes, as a network would). */
+const struct fab_ops *fab_provider(const char *name);
+
+/*
+ * "auto" and the like to a provider name, with the reason. -ENOTSUP names what
+ * was asked for and what there is.
+ */
+int fab_choose(const char *want, const char **provider, char reason[160], struct err *e);
+
+/* ---------------------------------------------------------- progress words */
+
+/*
+ * What an owner says of its published parameters, on a cache line of its own
+ * at the start of its parameter region: units below units_done have `version`,
+ * the others version - 1. Written by the owner alone, after a release fence
+ * behind the bytes; readers look at it before they look at pages.
+ */
+struct fab_progress {
+	_Atomic uint64_t word;   /* branch << 48 | version << 16 | units_done */
+	_Atomic uint32_t signal; /* changes with every publish: what sleepers on this host wait on */
+	uint8_t pad[CACHE_LINE - 12];
+};
+_Static_assert(sizeof(struct fab_progress) == CACHE_LINE, "one cache line");
+
+#define FAB_VERSION_BITS 32
+static inline uint64_t fab_progress_word(uint16_t branch, uint32_t version, uint16_t units_done)
+{
+	return (uint64_t)branch << 48 | (uint64_t)version << 16 | units_done;
+}
+
+enum fab_ready { FAB_NOT_YET, FAB_READY, FAB_PASSED };
+/* Is unit `unit` there with exactly `version`? PASSED: it is newer, or the branch is another. */
+enum fab_ready fab_progress_check(uint64_t word, uint16_t branch, uint32_t version, uint16_t unit);
+/* Owner: store with release and wake sleepers on this host. */
+void fab_progress_publish(struct fab_progress *p, uint64_t word);
+/*
+ * Reader on the same host (mapped): waits until the word differs from `seen` or
+ * timeout_ns is over. Spins up to spin_ns first. Returns the word (acquire).
+ */
+uint64_t fab_progress_wait(const struct fab_progress *p, uint64_t seen, uint64_t spin_ns, uint64_t timeout_ns);
+
+#endif
