@@ -57,11 +57,11 @@ enum log_format { LOG_TEXT, LOG_JSON };
 
 /* One per process, owned by main, handed down by pointer; a NULL log drops all. */
 struct log {
-	int fd;         /* where lines go */
-	int warn_fd;    /* -1, or a second fd for warnings and errors (the launcher's) */
+	int fd;      /* where lines go */
+	int warn_fd; /* -1, or a second fd for warnings and errors (the launcher's) */
 	enum log_level level;
 	enum log_format format;
-	char who[64];   /* "worker-3": stands in every line */
+	char who[64]; /* "worker-3": stands in every line */
 	_Atomic uint64_t count[LOG_LEVELS];
 };
 
@@ -172,10 +172,10 @@ uint64_t rng_permute(uint64_t seed, uint64_t stream, uint64_t n, uint64_t i);
  * without contraction, so that schedule, bias corrections and initialisation
  * have the same bits on every machine. Within 2 ulp of libm on their domain.
  */
-double det_log(double x);               /* x > 0, normal */
-double det_exp(double x);               /* |x| < 700 */
-double det_pow(double x, double y);     /* x > 0; exp(y * log x) with a compensated product */
-double det_pow_u64(double x, uint64_t n); /* by squaring, written order */
+double det_log(double x);                        /* x > 0, normal */
+double det_exp(double x);                        /* |x| < 700 */
+double det_pow(double x, double y);              /* x > 0; exp(y * log x) with a compensated product */
+double det_pow_u64(double x, uint64_t n);        /* by squaring, written order */
 void det_sincos(double x, double *s, double *c); /* |x| <= 1e5 */
 
 /* -------------------------------------------------------------------- hash */
@@ -184,7 +184,7 @@ struct hash128 {
 	uint64_t lo, hi;
 };
 
-uint64_t hash64(const void *data, size_t bytes, uint64_t seed);       /* XXH3-64 */
+uint64_t hash64(const void *data, size_t bytes, uint64_t seed);        /* XXH3-64 */
 struct hash128 hash128(const void *data, size_t bytes, uint64_t seed); /* XXH3-128 */
 /* a + b mod 2^128. */
 struct hash128 hash128_add(struct hash128 a, struct hash128 b);
@@ -222,10 +222,10 @@ enum opt_kind { OPT_FLAG, OPT_STR, OPT_U64, OPT_F64 };
 struct opt {
 	const char *name; /* with dashes: "rdzv-endpoint" */
 	enum opt_kind kind;
-	void *out;        /* bool *, const char **, uint64_t *, double * */
-	const char *arg;  /* "HOST:PORT" for the help text */
+	void *out;       /* bool *, const char **, uint64_t *, double * */
+	const char *arg; /* "HOST:PORT" for the help text */
 	const char *help;
-	bool set;         /* written by opt_parse */
+	bool set; /* written by opt_parse */
 };
 
 /*
