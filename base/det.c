@@ -103,7 +103,7 @@ static struct pair log_pair(double x)
 	struct pair whole;
 	double low;
 
-	for (int odd = 21; odd >= 5; odd -= 2)
+	for (int odd = 31; odd >= 5; odd -= 2)
 		series = series * w + 2.0 / odd;
 	low = head.lo + (2.0 * s.lo + cube.lo + s.hi * w * w * series);
 	if (k == 0)
