@@ -155,7 +155,8 @@ struct tensor_info {
 /*
  * A part is one use of a unit's tensors that has its own reduction tree; the
  * unit's gradient is the sum of its parts' roots in part order. Part 0 covers
- * the whole unit; a tied embedding has a part 1 for its use in the head.
+ * the whole unit; a tied embedding has a part 1 for its use in the head: wte and
+ * the zeros behind it up to the page's end. Parts are whole pages.
  */
 struct unit_part {
 	uint64_t begin, end;  /* elements of the unit's flat vector */
