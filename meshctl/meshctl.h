@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* meshctl: what an operator types. One command a file; this header is private to the folder. */
+#ifndef SHARDMESH_MESHCTL_H
+#define SHARDMESH_MESHCTL_H
+
+#include "mesh/mesh.h"
+
+#include <jansson.h>
+#include <sys/types.h>
+
+/* Commands: argv[0] is the command's name; the result is the process's exit code. */
+int run_main(int argc, char **argv);
+int coordinator_main(int argc, char **argv);
+int status_main(int argc, char **argv);
+int stop_main(int argc, char **argv);
+int generate_main(int argc, char **argv);
+
+/* "usage: meshctl NAME ..." with the table's options. */
+void command_help(const char *usage, const char *what, const struct opt *opts);
+/* Prints "meshctl: text" and what to type for help; EXIT_USAGE. */
+int usage_error(const char *command, const struct err *e);
+
+/* The flags that lay over a config, shared by run and coordinator. */
+struct config_flags {
+	const char *config, *run_dir, *fabric;
+	uint64_t shards, workers, threads, steps, seed;
+};
+/* Loads, overrides, validates; messages name the file. The exit code; c is only filled in with 0. */
+int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c);
+
+/* ---------------------------------------------------------------- observer */
+
+/* How to reach a job: by its run directory, or by endpoint, id and token. */
+struct observer_flags {
+	const char *run_dir, *endpoint, *job, *token_file;
+};
+/* An authenticated observer connection; ops and ctx as conn_connect. self->base must be set. */
+int observer_connect(struct mesh_self *self, const struct observer_flags *f, uint64_t timeout_ns,
+		     const struct conn_ops *ops, void *ctx, struct conn **out, struct err *e);
+
+/* ------------------------------------------------------------------ launch */
+
+#define CHILDREN_MAX 512
+struct child {
+	char name[32];      /* "shardsvc-0": also the log's name */
+	char log[512];
+	pid_t pid;          /* 0: not started, or gone */
+	int status;         /* of waitpid, once gone */
+};
+struct launcher {
+	char bin_dir[512];
+	const char *run_dir;
+	uint32_t n;
+	struct child child[CHILDREN_MAX];
+	pid_t group;        /* the children's process group */
+};
+/* Finds the programs (SHARDMESH_BIN, else beside /proc/self/exe) and makes RUN_DIR/log. */
+int launcher_init(struct launcher *l, const char *run_dir, struct err *e);
+/*
+ * Starts a program as a child that dies with us, with its standard error in
+ * RUN_DIR/log/NAME.log. argv is NULL-ended and without the program's name.
+ */
+int launcher_start(struct launcher *l, const char *name, const char *program, const char *const *argv, struct err *e);
+/* Reaps one ended child; NULL when none has ended. */
+struct child *launcher_reap(struct launcher *l);
+uint32_t launcher_alive(const struct launcher *l);
+void launcher_kill(struct launcher *l, int signal);
+/* "worker-1 (pid 4711) was killed by signal 9 (Killed)" / "... exited with code 1: <last line of its log>" */
+void child_epitaph(const struct child *c, char *out, size_t bytes);
+
+/* -------------------------------------------------------------------- plan */
+
+/* Prints the memory plan of every process of the job to f; -ENOMEM when the job does not fit this machine. */
+int plan_print(FILE *f, const struct job_config *c, struct err *e);
+
+/* ---------------------------------------------------------------- progress */
+
+struct progress_view {
+	FILE *out;
+	bool terminal;
+	uint64_t steps, print_every;
+	uint64_t started_ns;
+	uint64_t first_step, last_step;
+	double loss, validation_loss, tokens_per_second;
+	bool has_validation;
+	bool bar_shown;
+};
+void progress_init(struct progress_view *p, FILE *out, const struct job_config *c);
+/* A step's record as JSON: redraws the bar, or prints a line when one is due. */
+void progress_step(struct progress_view *p, json_t *step);
+/* Makes room for another line of text while a bar stands. */
+void progress_clear(struct progress_view *p);
+
+#endif
