@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Same bits: loss, gradient norm, held-out loss and state hash do not depend on who does the work."""
+import itertools
+import os
+import random
+import subprocess
+
+from harness import BIN, bits, check, clean_environment, config, main, run, same_bits, wait_for
+
+STEPS = 4
+
+
+def one(directory, name, *flags, **changes):
+    run_dir = directory / name
+    run(config(directory, **changes), "--run-dir", run_dir, *flags)
+    return bits(run_dir, STEPS)
+
+
+def matrix(directory):
+    """Shards {1,2,3,5} x workers {1,2,3} x threads {1,2}, M = 12."""
+    want = None
+    for shards, workers, threads in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2)):
+        name = f"s{shards}w{workers}t{threads}"
+        got = one(directory, name, "--shards", shards, "--workers", workers, "--threads", threads)
+        check(all(r[6] != "None" for r in got), f"{name}: a line without state_hash")
+        check(got[2][5] != "None", f"{name}: step 3 has no validation_loss")
+        want = want or got
+        same_bits(name, got, want)
+    seeds = one(directory, "other-seed", "--seed", 8)
+    check(seeds[0][1] != want[0][1], "another seed gave the same loss: the comparison proves nothing")
+
+
+def small(directory):
+    """A corner of the matrix, for sanitizer builds."""
+    want = one(directory, "s1w1", "--shards", 1, "--workers", 1)
+    same_bits("s3w2", one(directory, "s3w2", "--shards", 3, "--workers", 2, "--threads", 2), want)
+    same_bits("copy", one(directory, "copy", "--shards", 2, "--workers", 2, "--fabric", "local-copy"), want)
+
+
+def variants(directory):
+    """Reads and pushes instead of mapping; a tiny live window; activations recomputed; one held node; little memory."""
+    want = one(directory, "plain")
+    same_bits("copy", one(directory, "copy", "--fabric", "local-copy", "--workers", 3, "--shards", 3), want)
+    same_bits("window", one(directory, "window", "--fabric", "local-copy",
+                            zero_optimization__stage3_max_live_parameters=1,
+                            zero_optimization__stage3_prefetch_bucket_size=1,
+                            zero_optimization__stage3_max_reuse_distance=0), want)
+    same_bits("recompute", one(directory, "recompute", activations="recompute"), want)
+    same_bits("held", one(directory, "held", "--workers", 3, max_held_nodes=1), want)
+    same_bits("held-copy", one(directory, "held-copy", "--workers", 3, "--fabric", "local-copy", max_held_nodes=1), want)
+    same_bits("spill", one(directory, "spill", "--workers", 3, partial_sum_memory=65536), want)
+
+
+def by_hand(directory):
+    """Coordinator and members started one by one, in any order, the endpoint given to each."""
+    want = one(directory, "launched")
+    path = config(directory)
+    token = directory / "token"
+    token.write_text(os.urandom(32).hex())
+    token.chmod(0o600)
+    env = clean_environment(SHARDMESH_TOKEN_FILE=str(token))
+    run_dir = directory / "hand"
+    port = free_port()
+    link = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "by-hand"]
+    commands = [[BIN / "shardsvc", *link], [BIN / "shardsvc", *link], [BIN / "worker", *link], [BIN / "worker", *link],
+                [BIN / "meshctl", "coordinator", "--config", path, "--run-dir", run_dir, "--rdzv-id", "by-hand",
+                 "--listen", f"127.0.0.1:{port}"]]
+    random.Random(1).shuffle(commands)
+    processes = []
+    for i, command in enumerate(commands):
+        with open(directory / f"hand-{i}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    try:
+        wait_for(lambda: all(p.poll() is not None for p in processes), "all processes to end", 60)
+    finally:
+        for p in processes:
+            p.kill()
+    for i, p in enumerate(processes):
+        check(p.returncode == 0, f"{commands[i][0].name} exited with {p.returncode}:\n"
+              + (directory / f"hand-{i}.log").read_text())
+    same_bits("by hand", bits(run_dir, STEPS), want)
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+main([matrix, small, variants, by_hand])
