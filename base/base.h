@@ -68,7 +68,11 @@ struct log {
 /* format: LOG_TEXT on a terminal, else LOG_JSON, unless the caller says. No allocation. */
 void log_init(struct log *l, int fd, const char *who);
 int log_level_parse(const char *name, enum log_level *out);
-/* Any thread; one write(2) a line, so lines do not interleave. `where` is "file.c:123". */
+/*
+ * Any thread; one write(2) a line, so lines do not interleave (a file is opened
+ * with O_APPEND for that). `where` is "file.c:123". warn_fd gets text when it
+ * is a terminal, else the log's own format. errno is kept, and %m works.
+ */
 void log_write(struct log *l, enum log_level level, const char *where, const char *fmt, ...) PRINTF_LIKE(4, 5);
 
 #define LOG_STR2(x) #x
@@ -113,6 +117,7 @@ void *arena_alloc(struct arena *a, size_t bytes, size_t align);
  * Single-producer single-consumer ring of fixed-size items. The consumer may
  * sleep on an eventfd; the producer writes it only when the consumer said it
  * sleeps (seq_cst flag, then re-check), so a busy pair makes no system calls.
+ * Cache-line aligned: a structure that holds one is not for plain malloc.
  */
 struct ring {
 	uint8_t *slots;
@@ -153,11 +158,12 @@ void ring_disarm(struct ring *r);
 void rng_philox4x32(const uint32_t key[2], const uint32_t ctr[4], uint32_t out[4]);
 /* 64 random bits for (seed, stream, i). */
 uint64_t rng_u64(uint64_t seed, uint64_t stream, uint64_t i);
-/* Uniform in (0,1), 53 bits. */
+/* Uniform in (0,1): odd multiples of 2^-53. */
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t i);
 /*
  * Standard normal for (seed, stream, i): Box-Muller on one Philox block a pair
- * of elements, with det_log/det_sincos; same bits on every machine.
+ * of elements, with det_log/det_sincos; same bits on every machine. Shares its
+ * blocks with rng_u64, so a stream is used for one of the two.
  */
 float rng_normal(uint64_t seed, uint64_t stream, uint64_t i);
 /* out[k] = mean + std * rng_normal(seed, stream, first + k); fast for long spans. */
@@ -216,7 +222,8 @@ double exact_sum_value(const struct exact_sum *s);
 /*
  * One table a program. A flag is accepted with dashes or underscores, as
  * "--flag value" or "--flag=value", and from the environment variable
- * SHARDMESH_<FLAG> (upper case, underscores) when it is not on the line.
+ * SHARDMESH_<FLAG> (upper case, underscores; empty counts as not given) when it
+ * is not on the line. "--" ends the flags.
  */
 enum opt_kind { OPT_FLAG, OPT_STR, OPT_U64, OPT_F64 };
 struct opt {
@@ -241,11 +248,11 @@ const char *nearest_name(const char *word, const char *const *names);
 
 /* ------------------------------------------------------------------- files */
 
-/* Reads a whole file (at most max bytes); *out is malloced, NUL-ended. e names the file. */
+/* Reads a whole file (-EFBIG above max bytes); *out is malloced, NUL-ended. e names the file. */
 int file_read(const char *path, size_t max, char **out, size_t *bytes, struct err *e);
 /* Writes via temp file, fsync, rename. */
 int file_write_atomic(const char *path, const void *data, size_t bytes, unsigned mode, struct err *e);
-/* All of it or -errno; EINTR retried. */
+/* All of it or -errno; EINTR retried. pread_full: -ENODATA when the file ends before. */
 int write_full(int fd, const void *data, size_t bytes);
 int pwrite_full(int fd, const void *data, size_t bytes, uint64_t offset);
 int pread_full(int fd, void *data, size_t bytes, uint64_t offset);
