@@ -16,7 +16,8 @@
  * - Addresses and region descriptors are opaque blobs of at most 512 bytes.
  *   They are exchanged over the authenticated control connection, so that who
  *   has one has been let in; each address is good for one connection by one peer.
- * - Errors: -Exxx from posting means nothing of the batch was posted. A failed
+ * - Errors: -Exxx from posting means nothing of the batch was posted; -EAGAIN
+ *   that too much is in flight: fab_poll, then post again. A failed
  *   operation completes with status < 0; a broken endpoint gives FAB_EV_DOWN
  *   after all its operations have completed, and its memory may be reused then.
  */
@@ -51,6 +52,7 @@ struct fab_blob {
 	uint8_t data[FAB_BLOB_MAX];
 };
 
+#define FAB_BATCH_MAX 256
 struct fab_op {
 	struct fab_remote *remote;
 	uint64_t remote_offset;
@@ -73,7 +75,7 @@ struct fab_event {
 	enum fab_event_type type;
 	int status;      /* 0 or -Exxx */
 	struct fab_ep *ep;
-	uint64_t user;
+	uint64_t user;   /* READ, WRITE: the operation's; else what connect or address was given */
 	uint32_t imm;
 };
 
@@ -102,20 +104,40 @@ struct fab_ops {
 	void (*disconnect)(struct fab_ep *ep);
 
 	int (*region_open)(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e);
+	/* No operation may be in flight on it; a disconnect ends those of its endpoint. */
 	void (*region_close)(struct fab_region *r);
 	void *(*region_addr)(struct fab_region *r);
-	/* Gives ep's peer access; the blob goes to that peer. Endpoint must be connected. */
+	/*
+	 * Gives ep's peer access; the blob goes to that peer. Endpoint must be
+	 * connected. -EPERM: FAB_LOCAL, or FAB_REMOTE_WRITE exported before, to
+	 * whomever. -EAGAIN: too many exports on their way.
+	 */
 	int (*export_region)(struct fab_ep *ep, struct fab_region *r, struct fab_blob *out);
 	/* -EAGAIN: what the blob names is still on its way; try again after the next fab_poll. */
 	int (*import_region)(struct fab_ep *ep, const struct fab_blob *blob, struct fab_remote **out);
-	void (*remote_close)(struct fab_remote *r); /* unmaps what was mapped */
+	/*
+	 * Unmaps what was mapped (what lay in reserved address space is reserved
+	 * again, PROT_NONE). No operation may be in flight on it. A remote outlives
+	 * its endpoint: mapped memory of a dead peer is good until here.
+	 */
+	void (*remote_close)(struct fab_remote *r);
+	/* Size of a peer's region, checked at import: what an offset into it may not pass. */
+	uint64_t (*remote_bytes)(const struct fab_remote *r);
 	/*
 	 * Maps [offset, offset+bytes) of a peer's region at `at` (page-aligned,
 	 * inside address space the caller reserved; NULL: anywhere), populated.
-	 * Read-only for FAB_REMOTE_READ. -ENOTSUP where memory is not shared.
+	 * offset: a multiple of the region's page size; bytes is rounded up to it.
+	 * May replace an earlier mapping of any remote. Read-only for
+	 * FAB_REMOTE_READ. -ENOTSUP where memory is not shared.
 	 */
 	int (*map)(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out);
 
+	/*
+	 * At most FAB_BATCH_MAX operations; the array is free on return. -EAGAIN;
+	 * -ENOTCONN; -EINVAL: no bytes, or not of this endpoint; -ERANGE: outside
+	 * one of the regions; -EPERM: a read of FAB_REMOTE_WRITE memory, or a write
+	 * to FAB_REMOTE_READ memory.
+	 */
 	int (*read)(struct fab_ep *ep, const struct fab_op *op, uint32_t n);
 	int (*write_notify)(struct fab_ep *ep, const struct fab_op *op, uint32_t n);
 	/* Up to max events; never blocks. */

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What is common to all providers: which there are, and progress words.
+ *
+ * A progress word is written by one owner and watched by many readers, of whom
+ * the owner knows nothing: they map it read-only, so they cannot even say that
+ * they sleep. So a publish always wakes, one system call a unit and owner; a
+ * reader sleeps on `signal`, which changes with every publish, by a futex that
+ * is shared between processes (the kernel finds it by file and offset). Lost
+ * wake-ups: the reader takes signal first, then looks at the word; a publish
+ * writes the word first, then signal. Either the reader sees the new word, or
+ * the signal it holds is old and the futex refuses to sleep.
+ */
+#include "rdma/fabric.h"
+#include "rdma/providers.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SPINS_PER_CLOCK 64
+
+static const struct fab_ops *const providers[] = { &fab_local_ops, &fab_local_copy_ops };
+
+const struct fab_ops *fab_provider(const char *name)
+{
+	for (size_t i = 0; i < ARRAY_LEN(providers); i++)
+		if (!strcmp(providers[i]->name, name))
+			return providers[i];
+	return NULL;
+}
+
+int fab_choose(const char *want, const char **provider, char reason[160], struct err *e)
+{
+	const struct fab_ops *ops = fab_provider(want);
+
+	if (ops) {
+		*provider = ops->name;
+		snprintf(reason, 160, "asked for");
+		return 0;
+	}
+	if (!strcmp(want, "auto")) {
+		*provider = fab_local_ops.name;
+		snprintf(reason, 160, "auto: shared memory is the only provider here, good for one host");
+		return 0;
+	}
+	return err_set(e, -ENOTSUP, "no fabric \"%s\" here: there are auto, %s, %s", want, fab_local_ops.name,
+		       fab_local_copy_ops.name);
+}
+
+/* ---------------------------------------------------------- progress words */
+
+enum fab_ready fab_progress_check(uint64_t word, uint16_t branch, uint32_t version, uint16_t unit)
+{
+	int64_t have = (int64_t)(word >> 16 & UINT32_MAX);
+
+	if (word >> 48 != branch)
+		return FAB_PASSED;
+	if (unit >= (word & UINT16_MAX))
+		have--;
+	if (have == version)
+		return FAB_READY;
+	return have > version ? FAB_PASSED : FAB_NOT_YET;
+}
+
+static void futex_wake_all(const _Atomic uint32_t *word)
+{
+	syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+/* Returns when woken, when the word is not `seen`, after timeout_ns, or for no reason. */
+static void futex_wait(const _Atomic uint32_t *word, uint32_t seen, uint64_t timeout_ns)
+{
+	struct timespec t = { .tv_sec = (time_t)(timeout_ns / 1000000000), .tv_nsec = (long)(timeout_ns % 1000000000) };
+
+	syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
+}
+
+void fab_progress_publish(struct fab_progress *p, uint64_t word)
+{
+	atomic_store_explicit(&p->word, word, memory_order_release);
+	atomic_fetch_add_explicit(&p->signal, 1, memory_order_release);
+	futex_wake_all(&p->signal);
+}
+
+static void cpu_relax(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
+uint64_t fab_progress_wait(const struct fab_progress *p, uint64_t seen, uint64_t spin_ns, uint64_t timeout_ns)
+{
+	uint64_t start = clock_now_ns(), waited = 0;
+	uint64_t word;
+
+	for (;;) {
+		uint32_t signal = atomic_load_explicit(&p->signal, memory_order_acquire);
+
+		word = atomic_load_explicit(&p->word, memory_order_acquire);
+		if (word != seen || waited >= timeout_ns)
+			return word;
+		if (waited >= spin_ns)
+			futex_wait(&p->signal, signal, timeout_ns - waited);
+		else
+			for (int i = 0;
+			     i < SPINS_PER_CLOCK && atomic_load_explicit(&p->word, memory_order_relaxed) == seen; i++)
+				cpu_relax();
+		waited = clock_now_ns() - start;
+	}
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Two fabric instances and an endpoint between them, for tests of rdma/. In one
+ * process, both are polled by the one thread; between processes, a pipe carries
+ * what the control connection would.
+ */
+#ifndef SHARDMESH_TEST_RDMA_PAIR_H
+#define SHARDMESH_TEST_RDMA_PAIR_H
+
+#include "rdma/fabric.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <setjmp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define WAIT_NS 10000000000ull
+
+struct pair {
+	const struct fab_ops *ops;
+	struct fab *a, *b; /* a connects, b accepts */
+	struct fab_ep *ab, *ba;
+};
+
+static inline uint32_t open_fds(void)
+{
+	DIR *d = opendir("/proc/self/fd");
+	uint32_t n = 0;
+
+	assert_non_null(d);
+	while (readdir(d))
+		n++;
+	closedir(d);
+	return n;
+}
+
+static inline struct fab *fab_open_named(const struct fab_ops *ops, uint32_t member)
+{
+	struct fab_config cfg = { .job = "test", .member = member };
+	struct fab *f = NULL;
+	struct err e = { 0 };
+
+	assert_int_equal(ops->open(&cfg, &f, &e), 0);
+	return f;
+}
+
+static inline void nap(void)
+{
+	const struct timespec t = { .tv_nsec = 50000 };
+
+	nanosleep(&t, NULL);
+}
+
+/* The next event of f; other instances of this process may be polled meanwhile by `other` (NULL: none). */
+static inline struct fab_event next_event(const struct fab_ops *ops, struct fab *f)
+{
+	uint64_t end = clock_now_ns() + WAIT_NS;
+	struct fab_event ev;
+
+	while (!ops->poll(f, &ev, 1)) {
+		assert_true(clock_now_ns() < end);
+		nap();
+	}
+	return ev;
+}
+
+static inline void no_event(const struct fab_ops *ops, struct fab *f)
+{
+	struct fab_event ev;
+
+	for (int i = 0; i < 10; i++)
+		assert_int_equal(ops->poll(f, &ev, 1), 0);
+}
+
+/* Polls both until each has an event, which must be of these types. */
+static inline void both_events(struct pair *p, struct fab_event *at_a, struct fab_event *at_b)
+{
+	uint64_t end = clock_now_ns() + WAIT_NS;
+	bool a = false, b = false;
+
+	while (!a || !b) {
+		if (!a)
+			a = p->ops->poll(p->a, at_a, 1);
+		if (!b)
+			b = p->ops->poll(p->b, at_b, 1);
+		assert_true(clock_now_ns() < end);
+	}
+}
+
+static inline void pair_connect(struct pair *p)
+{
+	struct fab_blob address;
+	struct fab_event ea, eb;
+
+	assert_int_equal(p->ops->address(p->b, 22, &address), 0);
+	assert_int_equal(p->ops->connect(p->a, &address, 11, &p->ab), 0);
+	both_events(p, &ea, &eb);
+	assert_int_equal(ea.type, FAB_EV_CONNECTED);
+	assert_ptr_equal(ea.ep, p->ab);
+	assert_int_equal(ea.user, 11);
+	assert_int_equal(eb.type, FAB_EV_ACCEPTED);
+	assert_int_equal(eb.user, 22);
+	assert_int_equal(ea.status, 0);
+	assert_int_equal(eb.status, 0);
+	p->ba = eb.ep;
+}
+
+static inline void pair_open(struct pair *p, const char *provider)
+{
+	memset(p, 0, sizeof(*p));
+	p->ops = fab_provider(provider);
+	assert_non_null(p->ops);
+	p->a = fab_open_named(p->ops, 1);
+	p->b = fab_open_named(p->ops, 2);
+	pair_connect(p);
+}
+
+static inline void pair_close(struct pair *p)
+{
+	p->ops->close(p->a);
+	p->ops->close(p->b);
+}
+
+static inline struct fab_region *region_new(const struct fab_ops *ops, struct fab *f, uint64_t bytes,
+					    enum fab_access access)
+{
+	struct fab_region_attr attr = { .name = "test", .bytes = bytes, .access = access };
+	struct fab_region *r = NULL;
+	struct err e = { 0 };
+
+	assert_int_equal(ops->region_open(f, &attr, &r, &e), 0);
+	return r;
+}
+
+/* Exports r at one end and imports it at the other, whose instance is `f`. */
+static inline struct fab_remote *region_pass(const struct fab_ops *ops, struct fab_ep *from, struct fab_region *r,
+					     struct fab *f, struct fab_ep *to)
+{
+	struct fab_remote *remote = NULL;
+	struct fab_blob blob;
+	int ret;
+
+	assert_int_equal(ops->export_region(from, r, &blob), 0);
+	assert_int_equal(ops->import_region(to, &blob, &remote), -EAGAIN);
+	no_event(ops, f);
+	ret = ops->import_region(to, &blob, &remote);
+	assert_int_equal(ret, 0);
+	return remote;
+}
+
+/* Every byte depends on its place and on seed. */
+static inline void fill(uint8_t *p, uint64_t n, uint8_t seed)
+{
+	for (uint64_t i = 0; i < n; i++)
+		p[i] = (uint8_t)((i * 131 + (i >> 8) * 7 + seed) & 0xff);
+}
+
+static inline bool filled(const uint8_t *p, uint64_t n, uint8_t seed)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (p[i] != (uint8_t)((i * 131 + (i >> 8) * 7 + seed) & 0xff))
+			return false;
+	return true;
+}
+
+#endif
