@@ -51,8 +51,8 @@ bool tree_valid(struct tree_node n, uint32_t n_micro);
  */
 enum offer_verdict { OFFER_GRANTED = 1, OFFER_TAKEN, OFFER_COVERED, OFFER_CLOSED };
 
-#define COVERAGE_HELD_MAX 64
-#define COVERAGE_OFFERS_MAX 64
+#define COVERAGE_HELD_MAX 128
+#define COVERAGE_K_MAX 64
 #define COVERAGE_NO_SUM UINT32_MAX
 
 /* Sum 0 is the accumulator of this (unit, part); others come from here. */
@@ -78,7 +78,7 @@ struct coverage_action {
 	enum coverage_action_type type;
 	uint64_t offer;
 	enum offer_verdict verdict;
-	uint32_t dst;
+	uint32_t dst;        /* may be the sum of a or b */
 	struct operand a, b; /* a is the left child where b is given */
 };
 
@@ -86,36 +86,56 @@ struct coverage_held {
 	struct tree_node node;
 	uint32_t sum;
 };
-enum offer_state { OFFER_WAITING, OFFER_PUSHING, OFFER_PUSHED };
+enum offer_state { OFFER_WAITING, OFFER_PUSHING, OFFER_PUSHED, OFFER_ANSWERED };
 struct coverage_offer {
 	uint64_t id;
 	struct tree_node node;
 	enum offer_state state;
+	enum offer_verdict verdict; /* answered: what coverage_next will say */
 	bool in_place, wanted;
-	uint32_t sum; /* reserved when granted */
+	bool covered;  /* pushing: its node is held by now */
+	uint32_t sum;  /* pushing: reserved for it, or COVERAGE_NO_SUM */
+	uint32_t next; /* in a list of slots */
 };
 struct coverage {
 	uint32_t n_micro, max_held; /* M, K */
 	struct coverage_sums sums;
-	uint32_t n_held, n_offers;
+	uint32_t n_held, n_offers, max_offers;
 	struct coverage_held held[COVERAGE_HELD_MAX]; /* by first */
-	struct coverage_offer offer[COVERAGE_OFFERS_MAX];
-	bool accumulator_used, rooted, root_told, closed;
+	struct coverage_offer *offer;                 /* slots, in the caller's memory, and three indices into them: */
+	uint32_t *by_id, *by_node, *eager;            /* all; not answered and not covered; those of them to act on */
+	uint32_t n_by_node, n_eager, n_wanted, n_reserved;
+	uint32_t free, answers, answers_last, pushed; /* lists of slots */
+	bool accumulator_used, root_told, closed;
 };
 
-void coverage_init(struct coverage *c, uint32_t n_micro, uint32_t max_held, const struct coverage_sums *sums);
+/* Memory for max_offers offers at once. A live worker has at most one a (unit, part). */
+size_t coverage_bytes(uint32_t max_offers);
+/*
+ * A new step: nothing is held, nothing offered. memory: coverage_bytes(max_offers),
+ * aligned for a uint64_t, kept by the caller. max_held above COVERAGE_K_MAX is taken
+ * as that. Every sum of the step before must have been given back (coverage_close).
+ */
+void coverage_init(struct coverage *c, uint32_t n_micro, uint32_t max_held, const struct coverage_sums *sums,
+		   void *memory, uint32_t max_offers);
 /*
  * A contribution is offered. in_place: it can be read where it is, and held by
  * reference until it is wanted or its sibling is there. -EINVAL: node not valid;
- * -ENOSPC: too many offers; -EEXIST: the id is known.
+ * -ENOSPC: more than max_offers; -EEXIST: the id is known.
  */
 int coverage_offer(struct coverage *c, uint64_t id, struct tree_node node, bool in_place, bool wanted);
 void coverage_want(struct coverage *c, uint64_t id);
-/* The worker takes it back, or died. True: it was waiting (the verdict is CLOSED); false: unknown, or taken already. */
+/*
+ * The worker takes it back, or died. True: it was waiting or pushing and is forgotten (the verdict is CLOSED, and the
+ * caller says it); false: unknown, taken already, or its answer is among the next actions.
+ */
 bool coverage_withdraw(struct coverage *c, uint64_t id);
-/* A granted push is complete in its slot. */
+/* A granted push is complete in its slot. Nothing happens when the id is unknown (withdrawn, closed). */
 void coverage_pushed(struct coverage *c, uint64_t id);
-/* After any of the above: the next action, until false. */
+/*
+ * After any of the above: the next action, until false. Sums are given back when the fold that reads them last is
+ * decided, so queue each action before the next call on any coverage that shares the sums.
+ */
 bool coverage_next(struct coverage *c, struct coverage_action *out);
 bool coverage_complete(const struct coverage *c);
 /* The lowest open leaf's largest node without anything held below it; false when complete. */
@@ -135,10 +155,10 @@ struct lease {
 	struct tree_node node;
 	bool recalled;
 };
-struct lease_table; /* open spans of a step, by kind; leases.c */
 
 /* ------------------------------------------------------------- coordinator */
 
+#define MEMBERS_MAX 512 /* that one view holds */
 enum member_role { ROLE_SHARD = 1, ROLE_WORKER, ROLE_COORDINATOR, ROLE_OBSERVER };
 
 struct coord_config {
@@ -190,7 +210,7 @@ struct wire_header { /* as on the wire, little-endian */
 	uint64_t term, epoch, step;
 	uint32_t sender, zero;
 	uint64_t sequence;
-	uint64_t hash; /* XXH3-64 of the header with hash = 0, then the body */
+	uint64_t hash; /* XXH3-64 of the body, seeded by that of the header with hash = 0 */
 };
 _Static_assert(sizeof(struct wire_header) == 64, "64-byte header");
 
@@ -285,6 +305,11 @@ struct coord_now {
 	enum coord_phase phase;
 };
 
+struct coord_counters {
+	uint64_t stale;    /* messages dropped by rule 2: not a member (any more), another branch, a step or lease not open */
+	uint64_t leases, recalls, spans_done, evictions;
+};
+
 struct coord_member {
 	uint32_t id;
 	enum member_role role;
@@ -295,6 +320,10 @@ struct coord_member {
 	struct lease lease; /* a worker's current one */
 };
 
+/*
+ * All memory is allocated here. After any call with now_ns, take the actions by coord_next until it returns false,
+ * before the next one.
+ */
 int coord_new(const struct coord_config *cfg, uint64_t now_ns, struct coord **out);
 void coord_free(struct coord *c);
 /* A process registers. *member: its id from now on. -EPERM: e says why it is refused. */
@@ -313,6 +342,7 @@ void coord_tick(struct coord *c, uint64_t now_ns);
 void coord_stalled(struct coord *c, uint64_t now_ns);
 bool coord_next(struct coord *c, struct coord_action *out);
 struct coord_now coord_now(const struct coord *c);
+const struct coord_counters *coord_counters(const struct coord *c);
 /* For status: members by index until NULL; the open step's leases are in them. */
 const struct coord_member *coord_member_at(const struct coord *c, uint32_t index);
 /* "vote of shard 2", "span [4,8) of worker 5", "3 of 4 shard services": what the step waits for. */
@@ -383,7 +413,11 @@ struct conn_ops {
 	void (*ready)(struct conn *c, void *ctx);
 	/* A checked, decoded message. 0, or -Exxx: the connection is dropped with that reason. */
 	int (*message)(struct conn *c, const struct wire_header *h, const union wire_msg *m, void *ctx);
-	/* Once, for every connection that was given out; c is gone after it. text: one clause, for people. */
+	/*
+	 * Once, for every connection that was given out; c is gone after it. text: one clause, for people.
+	 * status: 0 we closed it, -EPERM the handshake was refused (by us or by the peer), -ETIMEDOUT never
+	 * reached or handshake not finished, -ECONNRESET the peer ended it, -EPROTO it broke the protocol.
+	 */
 	void (*closed)(struct conn *c, int status, const char *text, void *ctx);
 };
 
@@ -392,8 +426,13 @@ int conn_connect(struct mesh_self *self, const char *endpoint, uint64_t deadline
 		 struct conn **out, struct err *e);
 /* Encodes, frames and queues. -EMSGSIZE, -EPIPE; -ENOBUFS when the peer does not read. */
 int conn_send(struct conn *c, unsigned type, const void *msg);
-/* Flushes what is queued, then closes; closed() is called. */
+/* Flushes what is queued (2 s at most), then closes; closed() is called later, from the loop, with status 0. */
 void conn_close(struct conn *c, const char *why);
+/*
+ * At once, and closed() is not called: for the end of a program, whose loop does
+ * not run any more. What is queued is written as far as the socket takes it.
+ */
+void conn_free(struct conn *c);
 enum member_role conn_role(const struct conn *c);
 uint32_t conn_member(const struct conn *c);
 void conn_set_member(struct conn *c, uint32_t member); /* the coordinator names it */
@@ -406,8 +445,13 @@ struct conn_listener;
 int conn_listen(struct mesh_self *self, const char *endpoint, void (*accepted)(void *ctx, struct conn *c), void *ctx,
 		struct conn_listener **out, struct err *e);
 void conn_listener_free(struct conn_listener *l);
-/* "127.0.0.1:41234": what others should dial, given the address the listener is bound to. */
+/* "127.0.0.1:41234": what others should dial; where every address is listened on, this host's name. */
 const char *conn_listener_endpoint(const struct conn_listener *l);
+/*
+ * The address of this host from which "host:port" is reached, with port 0, as conn_listen takes it: where a shard
+ * service listens for workers. Sends nothing. -EAGAIN: the name cannot be resolved yet.
+ */
+int conn_route(const char *endpoint, char out[64], struct err *e);
 
 /* ------------------------------------------------------------------ member */
 
@@ -418,7 +462,7 @@ const char *conn_listener_endpoint(const struct conn_listener *l);
  */
 struct member_table {
 	uint32_t n;
-	struct msg_member member[512];
+	struct msg_member member[MEMBERS_MAX];
 	uint64_t epoch;
 };
 struct member_ops {

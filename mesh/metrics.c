@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "mesh/mesh.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+/* Packed: for each counter one byte of name length, the name, eight bytes of value. */
+#define NAME_MAX_BYTES 63
+
+void metrics_add(struct metrics *m, const char *name, const char *help, const _Atomic uint64_t *value)
+{
+	assert(m->n < METRICS_MAX);
+	assert(strncmp(name, "mesh_", 5) == 0 && strlen(name) <= NAME_MAX_BYTES);
+	m->metric[m->n++] = (struct metric){ .name = name, .help = help, .value = value };
+}
+
+size_t metrics_pack(const struct metrics *m, uint8_t *out, size_t max)
+{
+	size_t used = 0;
+
+	for (uint32_t i = 0; i < m->n; i++) {
+		uint64_t value = atomic_load_explicit(m->metric[i].value, memory_order_relaxed);
+		size_t n = strlen(m->metric[i].name);
+
+		if (max - used < 1 + n + sizeof(value))
+			break;
+		out[used++] = (uint8_t)n;
+		memcpy(out + used, m->metric[i].name, n);
+		memcpy(out + used + n, &value, sizeof(value));
+		used += n + sizeof(value);
+	}
+	return used;
+}
+
+int metrics_unpack(const uint8_t *packed, size_t bytes, void (*fn)(void *ctx, const char *name, uint64_t value),
+		   void *ctx)
+{
+	size_t at = 0;
+
+	while (at < bytes) {
+		char name[NAME_MAX_BYTES + 1];
+		uint64_t value;
+		size_t n = packed[at++];
+
+		if (n == 0 || n > NAME_MAX_BYTES || bytes - at < n + sizeof(value) || memchr(packed + at, 0, n))
+			return -EPROTO;
+		memcpy(name, packed + at, n);
+		name[n] = 0;
+		memcpy(&value, packed + at + n, sizeof(value));
+		at += n + sizeof(value);
+		fn(ctx, name, value);
+	}
+	return 0;
+}
