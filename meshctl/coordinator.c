@@ -21,7 +21,7 @@ int config_flags_load(const struct config_flags *f, bool seed_given, struct job_
 		.run_dir = f->run_dir,
 		.fabric = f->fabric,
 	};
-	struct err e = {0};
+	struct err e = { 0 };
 
 	if (!f->config) {
 		fprintf(stderr, "meshctl: --config FILE is missing: a DeepSpeed JSON with a \"shardmesh\" section\n");
@@ -62,7 +62,7 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 static int serve(struct service *s, const struct coordinator_config *cfg)
 {
 	struct event *on_int, *on_term;
-	struct err e = {0};
+	struct err e = { 0 };
 	int code;
 
 	if (coordinator_open(&s->self, cfg, &s->coordinator, &e)) {
@@ -90,10 +90,10 @@ free_events:
 
 static int coordinate(struct service *s, struct job_config *c, const char *listen, const char *token_file)
 {
-	struct coordinator_config cfg = {.listen = listen, .job = c, .run_dir = c->run_dir};
+	struct coordinator_config cfg = { .listen = listen, .job = c, .run_dir = c->run_dir };
 	struct k_profile profile;
 	char reason[160];
-	struct err e = {0};
+	struct err e = { 0 };
 	int code = EXIT_CONFIG;
 
 	if (batch_resolve(c, c->workers, &cfg.batch, &e) || k_profile_detect(c->math, &profile, reason, &e) ||
@@ -113,44 +113,73 @@ static int coordinate(struct service *s, struct job_config *c, const char *liste
 
 int coordinator_main(int argc, char **argv)
 {
-	struct config_flags f = {0};
+	struct config_flags f = { 0 };
 	const char *listen = "0.0.0.0:29400", *job = "shardmesh", *token_file = NULL, *level = "info";
-	struct service s = {.self.role = ROLE_COORDINATOR};
+	struct service s = { .self.role = ROLE_COORDINATOR };
 	struct job_config c;
-	struct err e = {0};
+	struct err e = { 0 };
 	bool help = false;
 	int rest, code;
 	struct opt opts[] = {
-		{.name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON"},
-		{.name = "listen", .kind = OPT_STR, .out = &listen, .arg = "HOST:PORT",
-		 .help = "where members join (0.0.0.0:29400; port 0: any)"},
-		{.name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name (shardmesh)"},
-		{.name = "token-file", .kind = OPT_STR, .out = &token_file, .arg = "FILE",
-		 .help = "the job's token, mode 0600 (else SHARDMESH_TOKEN)"},
-		{.name = "run-dir", .kind = OPT_STR, .out = &f.run_dir, .arg = "DIR", .help = "steps.jsonl, logs, model/"},
-		{.name = "shards", .kind = OPT_U64, .out = &f.shards, .arg = "N", .help = "shard services to wait for"},
-		{.name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers to wait for"},
-		{.name = "threads", .kind = OPT_U64, .out = &f.threads, .arg = "N", .help = "compute threads a worker"},
-		{.name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train"},
-		{.name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random"},
-		{.name = "fabric", .kind = OPT_STR, .out = &f.fabric, .arg = "NAME", .help = "auto, local, local-copy"},
-		{.name = "log-level", .kind = OPT_STR, .out = &level, .arg = "LEVEL", .help = "debug, info, warn, error"},
-		{.name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text"},
-		{0},
+		{ .name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON" },
+		{ .name = "listen",
+		  .kind = OPT_STR,
+		  .out = &listen,
+		  .arg = "HOST:PORT",
+		  .help = "where members join (0.0.0.0:29400; port 0: any)" },
+		{ .name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name (shardmesh)" },
+		{ .name = "token-file",
+		  .kind = OPT_STR,
+		  .out = &token_file,
+		  .arg = "FILE",
+		  .help = "the job's token, mode 0600 (else SHARDMESH_TOKEN)" },
+		{ .name = "run-dir",
+		  .kind = OPT_STR,
+		  .out = &f.run_dir,
+		  .arg = "DIR",
+		  .help = "steps.jsonl, logs, model/" },
+		{ .name = "shards",
+		  .kind = OPT_U64,
+		  .out = &f.shards,
+		  .arg = "N",
+		  .help = "shard services to wait for" },
+		{ .name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers to wait for" },
+		{ .name = "threads",
+		  .kind = OPT_U64,
+		  .out = &f.threads,
+		  .arg = "N",
+		  .help = "compute threads a worker" },
+		{ .name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train" },
+		{ .name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random" },
+		{ .name = "fabric",
+		  .kind = OPT_STR,
+		  .out = &f.fabric,
+		  .arg = "NAME",
+		  .help = "auto, local, local-copy" },
+		{ .name = "log-level",
+		  .kind = OPT_STR,
+		  .out = &level,
+		  .arg = "LEVEL",
+		  .help = "debug, info, warn, error" },
+		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
+		{ 0 },
 	};
 
 	if (opt_parse(opts, argc, argv, &rest, &e))
 		return usage_error(argv[0], &e);
 	if (help) {
-		command_help("coordinator --config FILE [OPTIONS]",
-			     "Runs the coordinator alone. Shard services and workers join by --rdzv-endpoint and --rdzv-id,\n"
-			     "in any order.",
-			     opts);
+		command_help(
+			"coordinator --config FILE [OPTIONS]",
+			"Runs the coordinator alone. Shard services and workers join by --rdzv-endpoint and --rdzv-id,\n"
+			"in any order.",
+			opts);
 		return EXIT_OK;
 	}
 	log_init(&s.log, STDERR_FILENO, "coordinator");
 	if (rest < argc || log_level_parse(level, &s.log.level)) {
-		err_set(&e, -EINVAL, rest < argc ? "'%s' is not expected here" : "--log-level '%s' is not debug, info, warn or error",
+		err_set(&e, -EINVAL,
+			rest < argc ? "'%s' is not expected here"
+				    : "--log-level '%s' is not debug, info, warn or error",
 			rest < argc ? argv[rest] : level);
 		return usage_error(argv[0], &e);
 	}

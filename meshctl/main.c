@@ -8,11 +8,11 @@ static const struct command {
 	int (*main)(int argc, char **argv);
 	const char *help;
 } commands[] = {
-	{"run", run_main, "train: start a whole job on this machine and follow it"},
-	{"coordinator", coordinator_main, "run the coordinator alone; members join by --rdzv-endpoint"},
-	{"status", status_main, "every member of a job and every wait"},
-	{"stop", stop_main, "finish the open step, write the model and end the job"},
-	{"generate", generate_main, "write text with a trained model"},
+	{ "run", run_main, "train: start a whole job on this machine and follow it" },
+	{ "coordinator", coordinator_main, "run the coordinator alone; members join by --rdzv-endpoint" },
+	{ "status", status_main, "every member of a job and every wait" },
+	{ "stop", stop_main, "finish the open step, write the model and end the job" },
+	{ "generate", generate_main, "write text with a trained model" },
 };
 
 static void help(FILE *f)
@@ -20,8 +20,9 @@ static void help(FILE *f)
 	fprintf(f, "usage: meshctl COMMAND [OPTIONS]\n\n");
 	for (size_t i = 0; i < ARRAY_LEN(commands); i++)
 		fprintf(f, "  %-12s %s\n", commands[i].name, commands[i].help);
-	fprintf(f, "\nmeshctl COMMAND --help says more. Every option can also be given in the environment: --run-dir as\n"
-		   "SHARDMESH_RUN_DIR.\n");
+	fprintf(f,
+		"\nmeshctl COMMAND --help says more. Every option can also be given in the environment: --run-dir as\n"
+		"SHARDMESH_RUN_DIR.\n");
 }
 
 void command_help(const char *usage, const char *what, const struct opt *opts)
@@ -38,7 +39,7 @@ int usage_error(const char *command, const struct err *e)
 
 static int unknown_command(const char *word)
 {
-	const char *names[ARRAY_LEN(commands) + 1] = {0};
+	const char *names[ARRAY_LEN(commands) + 1] = { 0 };
 	const char *near;
 
 	for (size_t i = 0; i < ARRAY_LEN(commands); i++)

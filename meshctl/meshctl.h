@@ -42,17 +42,17 @@ int observer_connect(struct mesh_self *self, const struct observer_flags *f, uin
 
 #define CHILDREN_MAX 512
 struct child {
-	char name[32];      /* "shardsvc-0": also the log's name */
+	char name[32]; /* "shardsvc-0": also the log's name */
 	char log[512];
-	pid_t pid;          /* 0: not started, or gone */
-	int status;         /* of waitpid, once gone */
+	pid_t pid;  /* 0: not started, or gone */
+	int status; /* of waitpid, once gone */
 };
 struct launcher {
 	char bin_dir[512];
 	const char *run_dir;
 	uint32_t n;
 	struct child child[CHILDREN_MAX];
-	pid_t group;        /* the children's process group */
+	pid_t group; /* the children's process group */
 };
 /* Finds the programs (SHARDMESH_BIN, else beside /proc/self/exe) and makes RUN_DIR/log. */
 int launcher_init(struct launcher *l, const char *run_dir, struct err *e);

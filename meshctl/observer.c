@@ -48,7 +48,8 @@ int observer_connect(struct mesh_self *self, const struct observer_flags *f, uin
 
 	self->role = ROLE_OBSERVER;
 	if (!f->endpoint && !f->run_dir)
-		return err_set(e, -EINVAL, "name the job: --run-dir DIR, or --rdzv-endpoint HOST:PORT and --rdzv-id JOB");
+		return err_set(e, -EINVAL,
+			       "name the job: --run-dir DIR, or --rdzv-endpoint HOST:PORT and --rdzv-id JOB");
 	if (f->job)
 		snprintf(self->job, sizeof(self->job), "%s", f->job);
 	else if (!f->run_dir)
@@ -63,7 +64,8 @@ int observer_connect(struct mesh_self *self, const struct observer_flags *f, uin
 	if (rc)
 		return rc;
 	if (!f->endpoint && (rc = run_file(f->run_dir, "endpoint", &endpoint, e)))
-		return err_set(e, rc, "no coordinator is running for %s: %s/endpoint is not there", f->run_dir, f->run_dir);
+		return err_set(e, rc, "no coordinator is running for %s: %s/endpoint is not there", f->run_dir,
+			       f->run_dir);
 	rc = conn_connect(self, f->endpoint ? f->endpoint : endpoint, clock_now_ns() + timeout_ns, ops, ctx, out, e);
 	free(endpoint);
 	return rc;

@@ -65,8 +65,8 @@ static int print_shards(FILE *f, const struct plan_inputs *in, const struct unit
 	return rc;
 }
 
-static int print_workers(FILE *f, const struct plan_inputs *in, const struct unit_table *t, bool mapped, uint64_t *total,
-			 struct err *e)
+static int print_workers(FILE *f, const struct plan_inputs *in, const struct unit_table *t, bool mapped,
+			 uint64_t *total, struct err *e)
 {
 	uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 	struct worker_plan plan;
@@ -85,7 +85,7 @@ static int print_workers(FILE *f, const struct plan_inputs *in, const struct uni
 
 int plan_print(FILE *f, const struct job_config *c, struct err *e)
 {
-	struct plan_inputs in = {.config = c};
+	struct plan_inputs in = { .config = c };
 	uint64_t total = 0, memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 	char need[24], have[24], reason[160];
 	const char *provider;
@@ -117,9 +117,10 @@ int plan_print(FILE *f, const struct job_config *c, struct err *e)
 		return rc;
 	fprintf(f, "in all: %s of this machine's %s\n", bytes_text(total, need), bytes_text(memory, have));
 	if (total > memory)
-		return err_set(e, -ENOMEM,
-			       "the job needs %s and this machine has %s: use a smaller model or micro-batch, or fewer processes "
-			       "here",
-			       need, have);
+		return err_set(
+			e, -ENOMEM,
+			"the job needs %s and this machine has %s: use a smaller model or micro-batch, or fewer processes "
+			"here",
+			need, have);
 	return 0;
 }

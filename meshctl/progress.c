@@ -58,8 +58,8 @@ static void draw_bar(struct progress_view *p)
 		filled = BAR_WIDTH;
 	figures(p, text, sizeof(text));
 	duration_text(elapsed / (double)done * (double)(p->steps - p->last_step), eta);
-	fprintf(p->out, "\r\033[K%lu/%lu [%.*s%.*s] %s  ETA %s", (unsigned long)p->last_step, (unsigned long)p->steps, filled,
-		"########################", BAR_WIDTH - filled, "........................", text, eta);
+	fprintf(p->out, "\r\033[K%lu/%lu [%.*s%.*s] %s  ETA %s", (unsigned long)p->last_step, (unsigned long)p->steps,
+		filled, "########################", BAR_WIDTH - filled, "........................", text, eta);
 	fflush(p->out);
 	p->bar_shown = true;
 }
@@ -83,7 +83,8 @@ void progress_step(struct progress_view *p, json_t *step)
 		p->first_step = p->last_step;
 	p->loss = json_number_value(json_object_get(step, "loss"));
 	/* A running mean, so that the figure can be read: single steps jitter. */
-	p->tokens_per_second = p->tokens_per_second > 0 ? p->tokens_per_second + 0.1 * (rate - p->tokens_per_second) : rate;
+	p->tokens_per_second = p->tokens_per_second > 0 ? p->tokens_per_second + 0.1 * (rate - p->tokens_per_second)
+							: rate;
 	if (json_is_number(validation)) {
 		p->validation_loss = json_number_value(validation);
 		p->has_validation = true;

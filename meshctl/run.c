@@ -59,8 +59,8 @@ static int prepare_run_dir(struct run *r, struct err *e)
 		return err_set(e, -ENAMETOOLONG, "run directory %s: the path is too long", dir);
 	if (!access(path, F_OK))
 		return err_set(e, -EINVAL,
-			       "run directory %s holds a job already (%s): choose another with --run-dir, or remove it", dir,
-			       path);
+			       "run directory %s holds a job already (%s): choose another with --run-dir, or remove it",
+			       dir, path);
 	rc = make_dirs(dir, e);
 	if (rc)
 		return rc;
@@ -82,8 +82,8 @@ static int prepare_run_dir(struct run *r, struct err *e)
 
 static int start_coordinator(struct run *r, struct err *e)
 {
-	const char *argv[] = {"coordinator", "--config", r->config_path, "--listen", "127.0.0.1:0", "--rdzv-id", r->job,
-			      "--token-file", r->token_path, NULL};
+	const char *argv[] = { "coordinator", "--config", r->config_path, "--listen",    "127.0.0.1:0",
+			       "--rdzv-id",   r->job,     "--token-file", r->token_path, NULL };
 	int rc = launcher_start(&r->launcher, "coordinator", "meshctl", argv, e);
 
 	if (!rc)
@@ -119,7 +119,9 @@ static int await_endpoint(struct run *r, struct err *e)
 
 static int start_members(struct run *r, const char *program, uint32_t n, struct err *e)
 {
-	const char *argv[] = {"--rdzv-endpoint", r->endpoint, "--rdzv-id", r->job, "--token-file", r->token_path, NULL};
+	const char *argv[] = {
+		"--rdzv-endpoint", r->endpoint, "--rdzv-id", r->job, "--token-file", r->token_path, NULL
+	};
 	char name[32];
 	int rc = 0;
 
@@ -132,7 +134,7 @@ static int start_members(struct run *r, const char *program, uint32_t n, struct 
 
 static void finish(struct run *r, int exit_code)
 {
-	struct timeval grace = {.tv_sec = GRACE_MS / 1000, .tv_usec = GRACE_MS % 1000 * 1000};
+	struct timeval grace = { .tv_sec = GRACE_MS / 1000, .tv_usec = GRACE_MS % 1000 * 1000 };
 
 	if (!r->over) {
 		r->over = true;
@@ -211,7 +213,7 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 
 static void watch_ready(struct conn *c, void *ctx)
 {
-	struct msg_watch m = {0};
+	struct msg_watch m = { 0 };
 
 	(void)ctx;
 	conn_send(c, WIRE_WATCH, &m);
@@ -256,7 +258,7 @@ static void watch_closed(struct conn *c, int status, const char *text, void *ctx
 	r->watch = NULL;
 }
 
-static const struct conn_ops watch_ops = {.ready = watch_ready, .message = watch_message, .closed = watch_closed};
+static const struct conn_ops watch_ops = { .ready = watch_ready, .message = watch_message, .closed = watch_closed };
 
 /* ------------------------------------------------------------------------ main */
 
@@ -274,7 +276,7 @@ static int open_events(struct run *r, struct err *e)
 
 static void close_events(struct run *r)
 {
-	struct event *events[] = {r->on_child, r->on_int, r->on_term, r->grace};
+	struct event *events[] = { r->on_child, r->on_int, r->on_term, r->grace };
 
 	for (size_t i = 0; i < ARRAY_LEN(events); i++) {
 		if (events[i])
@@ -284,7 +286,7 @@ static void close_events(struct run *r)
 
 static int start_all(struct run *r, struct err *e)
 {
-	struct observer_flags f = {.endpoint = r->endpoint, .job = r->job, .token_file = r->token_path};
+	struct observer_flags f = { .endpoint = r->endpoint, .job = r->job, .token_file = r->token_path };
 	int rc = start_coordinator(r, e);
 
 	if (!rc)
@@ -315,7 +317,7 @@ static void conclude(const struct run *r)
 
 static int run_job(struct run *r)
 {
-	struct err e = {0};
+	struct err e = { 0 };
 
 	r->exit_code = EXIT_JOB_FAILED;
 	if (plan_print(stdout, r->config, &e) || prepare_run_dir(r, &e)) {
@@ -346,34 +348,47 @@ static void default_job_name(char *out, size_t bytes)
 
 int run_main(int argc, char **argv)
 {
-	struct config_flags f = {0};
+	struct config_flags f = { 0 };
 	const char *job = NULL;
 	struct run *r;
 	struct job_config c;
-	struct err e = {0};
+	struct err e = { 0 };
 	bool help = false;
 	int rest, code;
 	struct opt opts[] = {
-		{.name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON"},
-		{.name = "shards", .kind = OPT_U64, .out = &f.shards, .arg = "N", .help = "shard services"},
-		{.name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers"},
-		{.name = "threads", .kind = OPT_U64, .out = &f.threads, .arg = "N", .help = "compute threads a worker"},
-		{.name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train"},
-		{.name = "run-dir", .kind = OPT_STR, .out = &f.run_dir, .arg = "DIR", .help = "steps.jsonl, logs, model/"},
-		{.name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random"},
-		{.name = "fabric", .kind = OPT_STR, .out = &f.fabric, .arg = "NAME", .help = "auto, local, local-copy"},
-		{.name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name"},
-		{.name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text"},
-		{0},
+		{ .name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON" },
+		{ .name = "shards", .kind = OPT_U64, .out = &f.shards, .arg = "N", .help = "shard services" },
+		{ .name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers" },
+		{ .name = "threads",
+		  .kind = OPT_U64,
+		  .out = &f.threads,
+		  .arg = "N",
+		  .help = "compute threads a worker" },
+		{ .name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train" },
+		{ .name = "run-dir",
+		  .kind = OPT_STR,
+		  .out = &f.run_dir,
+		  .arg = "DIR",
+		  .help = "steps.jsonl, logs, model/" },
+		{ .name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random" },
+		{ .name = "fabric",
+		  .kind = OPT_STR,
+		  .out = &f.fabric,
+		  .arg = "NAME",
+		  .help = "auto, local, local-copy" },
+		{ .name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name" },
+		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
+		{ 0 },
 	};
 
 	if (opt_parse(opts, argc, argv, &rest, &e))
 		return usage_error(argv[0], &e);
 	if (help) {
-		command_help("run --config FILE [OPTIONS]",
-			     "Trains: starts a coordinator, shard services and workers on this machine and follows them.\n"
-			     "Options lay over the config.",
-			     opts);
+		command_help(
+			"run --config FILE [OPTIONS]",
+			"Trains: starts a coordinator, shard services and workers on this machine and follows them.\n"
+			"Options lay over the config.",
+			opts);
 		return EXIT_OK;
 	}
 	if (rest < argc) {

@@ -10,7 +10,7 @@
 
 struct query {
 	struct mesh_self self;
-	unsigned type;          /* what to send when connected */
+	unsigned type; /* what to send when connected */
 	union wire_msg msg;
 	bool json, answered, asked;
 	int exit_code;
@@ -22,9 +22,11 @@ static void print_member(json_t *m)
 	size_t i;
 
 	printf("  %-8s %-4lld %-6s pid %-8lld %s\n", json_string_value(json_object_get(m, "role")),
-	       json_integer_value(json_object_get(m, "id")), json_is_true(json_object_get(m, "ready")) ? "ready" : "joins",
+	       json_integer_value(json_object_get(m, "id")),
+	       json_is_true(json_object_get(m, "ready")) ? "ready" : "joins",
 	       json_integer_value(json_object_get(m, "pid")), json_string_value(json_object_get(m, "host")));
-	json_array_foreach(waits, i, wait) {
+	json_array_foreach(waits, i, wait)
+	{
 		printf("           %s\n", json_string_value(wait));
 	}
 }
@@ -38,7 +40,8 @@ static void print_status(json_t *s)
 	       json_string_value(json_object_get(s, "phase")), json_integer_value(json_object_get(s, "step")),
 	       json_integer_value(json_object_get(s, "epoch")));
 	printf("waiting for: %s\n", json_string_value(json_object_get(s, "waiting_for")));
-	json_array_foreach(members, i, m) {
+	json_array_foreach(members, i, m)
+	{
 		print_member(m);
 	}
 }
@@ -95,12 +98,12 @@ static void query_closed(struct conn *c, int status, const char *text, void *ctx
 	event_base_loopbreak(q->self.base);
 }
 
-static const struct conn_ops query_ops = {.ready = query_ready, .message = query_message, .closed = query_closed};
+static const struct conn_ops query_ops = { .ready = query_ready, .message = query_message, .closed = query_closed };
 
 static int ask(struct query *q, const struct observer_flags *f)
 {
 	struct conn *c;
-	struct err e = {0};
+	struct err e = { 0 };
 
 	q->self.base = event_base_new();
 	if (!q->self.base)
@@ -117,19 +120,33 @@ static int ask(struct query *q, const struct observer_flags *f)
 
 static int query_main(int argc, char **argv, struct query *q, const char *usage, const char *what, bool with_json)
 {
-	struct observer_flags f = {0};
-	struct err e = {0};
+	struct observer_flags f = { 0 };
+	struct err e = { 0 };
 	bool help = false;
 	int rest;
 	struct opt opts[] = {
-		{.name = "run-dir", .kind = OPT_STR, .out = &f.run_dir, .arg = "DIR", .help = "the job's run directory"},
-		{.name = "rdzv-endpoint", .kind = OPT_STR, .out = &f.endpoint, .arg = "HOST:PORT", .help = "the coordinator"},
-		{.name = "rdzv-id", .kind = OPT_STR, .out = &f.job, .arg = "JOB", .help = "the job's name"},
-		{.name = "token-file", .kind = OPT_STR, .out = &f.token_file, .arg = "FILE",
-		 .help = "the job's token (else SHARDMESH_TOKEN, or DIR/token)"},
-		{.name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text"},
-		{.name = with_json ? "json" : NULL, .kind = OPT_FLAG, .out = &q->json, .help = "print the coordinator's JSON"},
-		{0},
+		{ .name = "run-dir",
+		  .kind = OPT_STR,
+		  .out = &f.run_dir,
+		  .arg = "DIR",
+		  .help = "the job's run directory" },
+		{ .name = "rdzv-endpoint",
+		  .kind = OPT_STR,
+		  .out = &f.endpoint,
+		  .arg = "HOST:PORT",
+		  .help = "the coordinator" },
+		{ .name = "rdzv-id", .kind = OPT_STR, .out = &f.job, .arg = "JOB", .help = "the job's name" },
+		{ .name = "token-file",
+		  .kind = OPT_STR,
+		  .out = &f.token_file,
+		  .arg = "FILE",
+		  .help = "the job's token (else SHARDMESH_TOKEN, or DIR/token)" },
+		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
+		{ .name = with_json ? "json" : NULL,
+		  .kind = OPT_FLAG,
+		  .out = &q->json,
+		  .help = "print the coordinator's JSON" },
+		{ 0 },
 	};
 
 	if (opt_parse(opts, argc, argv, &rest, &e))
@@ -147,7 +164,7 @@ static int query_main(int argc, char **argv, struct query *q, const char *usage,
 
 int status_main(int argc, char **argv)
 {
-	struct query q = {.type = WIRE_STATUS_GET};
+	struct query q = { .type = WIRE_STATUS_GET };
 
 	return query_main(argc, argv, &q, "status [--run-dir DIR | --rdzv-endpoint HOST:PORT --rdzv-id JOB] [--json]",
 			  "Names every member of a job and every wait.", true);
@@ -155,7 +172,7 @@ int status_main(int argc, char **argv)
 
 int stop_main(int argc, char **argv)
 {
-	struct query q = {.type = WIRE_STOP};
+	struct query q = { .type = WIRE_STOP };
 
 	snprintf(q.msg.stop.reason, sizeof(q.msg.stop.reason), "meshctl stop");
 	return query_main(argc, argv, &q, "stop [--run-dir DIR | --rdzv-endpoint HOST:PORT --rdzv-id JOB]",
