@@ -50,8 +50,8 @@ struct k_profile {
 
 /*
  * The profile this machine should use. want: NULL or "" for the table's choice,
- * else "portable", "dnnl", "openblas", optionally ":avx2" or ":avx512" behind
- * it. *reason (NULL or at least 160 bytes) says why it was chosen. -ENOTSUP when
+ * else "portable", "dnnl", "openblas", optionally ":portable", ":avx2" or
+ * ":avx512" behind it. *reason (NULL or at least 160 bytes) says why it was chosen. -ENOTSUP when
  * what is wanted cannot run here.
  */
 int k_profile_detect(const char *want, struct k_profile *out, char reason[160], struct err *e);
@@ -77,7 +77,9 @@ struct k_dims {
  * Dropout by counter: element i of micro-batch k (i counts within the
  * micro-batch's tensor) is dropped when a uniform of (seed, stream[k], i) is
  * below rate; kept elements are scaled by 1 / (1 - rate). rate 0: no dropout,
- * streams may be NULL.
+ * stream may be NULL. The uniform: word i mod 4 of rng_philox4x32 with the seed
+ * as key and counter {i / 4, stream[k]}, low halves first, its upper 24 bits
+ * times 2^-24.
  */
 struct k_dropout {
 	float rate;
@@ -261,8 +263,9 @@ struct k_adam {
 };
 
 /*
- * Adds to *out, mod 2^128, XXH3-128 over master, m and v of each chunk seeded
- * by (unit, chunk index in the unit). n: elements present, a multiple of K_CHUNK.
+ * Adds to *out, mod 2^128, three XXH3-128 for each chunk: over its master, m and
+ * v (part 0, 1, 2), seeded by unit << 40 | chunk index in the unit << 2 | part.
+ * n: elements present, a multiple of K_CHUNK.
  */
 struct k_state_hash {
 	const float *p, *m, *v;

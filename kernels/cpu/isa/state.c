@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The arithmetic of state: a written order of + - * / sqrt, one pass over memory. */
+#include "kernels/cpu/isa/isa.h"
+#include "kernels/cpu/isa/vec.h"
+
+/* Memory comes in a kilobyte ahead: the hardware's own prefetcher is late with four streams. */
+#define AHEAD 256 /* floats */
+
+struct lanes16d {
+	vd v[2 * VH];
+};
+
+static inline void add_squares(struct lanes16d *sq, int h, vf x)
+{
+	union {
+		vf whole;
+		vf_half half[2];
+	} u = { .whole = x };
+	vd lo = __builtin_convertvector(u.half[0], vd), hi = __builtin_convertvector(u.half[1], vd);
+	sq->v[2 * h] += lo * lo;
+	sq->v[2 * h + 1] += hi * hi;
+}
+
+static double lanes16d_sum(const struct lanes16d *sq)
+{
+	double l[16];
+	memcpy(l, sq->v, sizeof(l));
+	for (int w = 8; w > 0; w /= 2)
+		for (int i = 0; i < w; i++)
+			l[i] += l[i + w];
+	return l[0];
+}
+
+static inline vf fold_part(float *dst, const float *a, const float *b)
+{
+	vf v = vf_load(a);
+	if (b) {
+		__builtin_prefetch(b + AHEAD);
+		v += vf_load(b);
+	}
+	__builtin_prefetch(a + AHEAD);
+	if (b || dst != a)
+		vf_store(dst, v);
+	return v;
+}
+
+static double fold_chunk_square(float *dst, const float *a, const float *b)
+{
+	struct lanes16d sq;
+
+	memset(&sq, 0, sizeof(sq));
+	for (uint32_t i = 0; i < K_CHUNK; i += 16)
+		for (int h = 0; h < VH; h++) {
+			uint32_t j = i + (uint32_t)h * VF;
+			add_squares(&sq, h, fold_part(dst + j, a + j, b ? b + j : NULL));
+		}
+	return lanes16d_sum(&sq);
+}
+
+void ISA(fold)(float *dst, const float *a, const float *b, uint64_t n, struct exact_sum *sum)
+{
+	for (uint64_t at = 0; at < n; at += K_CHUNK) {
+		const float *bc = b ? b + at : NULL;
+
+		if (sum)
+			exact_sum_add(sum, fold_chunk_square(dst + at, a + at, bc));
+		else if (bc)
+			for (uint32_t i = 0; i < K_CHUNK; i += VF)
+				fold_part(dst + at + i, a + at + i, bc + i);
+		else if (dst != a)
+			memcpy(dst + at, a + at, K_CHUNK * sizeof(float));
+	}
+}
+
+static inline __attribute__((always_inline)) void adam_part(float *p, float *m, float *v, const float *grad,
+							    const struct adam_scalars *c, bool decoupled)
+{
+	vf x = vf_load(p), g = vf_load(grad) * vf_set(c->grad_scale);
+
+	if (!decoupled)
+		g = g + vf_set(c->decay) * x;
+	vf mt = vf_set(c->beta1) * vf_load(m) + vf_set(c->one_minus_beta1) * g;
+	vf vt = vf_set(c->beta2) * vf_load(v) + vf_set(c->one_minus_beta2) * g * g;
+	if (decoupled)
+		x = x - vf_set(c->decay) * x;
+	x = x - vf_set(c->step) * mt / (vf_sqrt(vt) / vf_set(c->root_bias2) + vf_set(c->eps));
+	vf_store(p, x);
+	vf_store(m, mt);
+	vf_store(v, vt);
+}
+
+static inline __attribute__((always_inline)) void adam_all(float *p, float *m, float *v, const float *g, uint64_t n,
+							   const struct adam_scalars *c, bool decoupled)
+{
+	for (uint64_t i = 0; i < n; i += 16) {
+		__builtin_prefetch(p + i + AHEAD, 1);
+		__builtin_prefetch(m + i + AHEAD, 1);
+		__builtin_prefetch(v + i + AHEAD, 1);
+		__builtin_prefetch(g + i + AHEAD, 0);
+		for (int h = 0; h < VH; h++)
+			adam_part(p + i + h * VF, m + i + h * VF, v + i + h * VF, g + i + h * VF, c, decoupled);
+	}
+}
+
+void ISA(adam)(float *p, float *m, float *v, const float *g, uint64_t n, const struct adam_scalars *c)
+{
+	if (c->decoupled)
+		adam_all(p, m, v, g, n, c, true);
+	else
+		adam_all(p, m, v, g, n, c, false);
+}
