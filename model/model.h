@@ -48,8 +48,8 @@ enum scheduler_type { SCHEDULER_NONE, SCHEDULER_WARMUP, SCHEDULER_WARMUP_DECAY, 
 struct scheduler_config {
 	enum scheduler_type type;
 	double warmup_min_lr, warmup_max_lr, warmup_min_ratio, cos_min_ratio;
-	uint64_t warmup_num_steps, total_num_steps;
-	bool log_warmup; /* else linear */
+	uint64_t warmup_num_steps, total_num_steps; /* total 0: "auto", the job's steps */
+	bool log_warmup;                            /* else linear */
 };
 
 /* zero_optimization.*, DeepSpeed's names and defaults, in elements unless the key says otherwise. */
@@ -89,8 +89,8 @@ struct job_config {
 	uint64_t eval_interval; /* steps between evaluations; 0: only after the last step */
 	uint32_t eval_batches;  /* micro-batches an evaluation; 0: none at all */
 	uint32_t shards, workers, threads_per_worker, threads_per_shard; /* threads 0: automatic */
-	char *fabric;           /* "auto", "local", "local-copy" */
-	char *math;             /* "" or k_profile_detect's `want` */
+	char *fabric;                                                    /* "auto", "local", "local-copy" */
+	char *math;                                                      /* "" or k_profile_detect's `want` */
 	char *run_dir;
 	uint64_t state_hash_interval; /* 0: never */
 	uint64_t activation_memory;   /* bytes a worker; 0: automatic */
@@ -98,6 +98,9 @@ struct job_config {
 	uint32_t max_owners_per_unit; /* F */
 	uint32_t max_held_nodes;      /* K */
 	uint64_t partial_sum_memory;  /* bytes a shard service may use beside the accumulators; 0: automatic */
+	/* What the user should hear at the start: "key: no effect here: why", defaults taken. Not dumped. */
+	char **note;
+	uint32_t n_notes;
 };
 
 /*
@@ -142,14 +145,14 @@ enum unit_kind { UNIT_EMBEDDING, UNIT_BLOCK, UNIT_HEAD };
 enum tensor_init { INIT_ZERO, INIT_ONE, INIT_NORMAL };
 
 struct tensor_info {
-	char name[96];        /* HF name */
+	char name[96]; /* HF name */
 	uint32_t unit;
 	uint32_t n_dims;
 	uint64_t shape[4];
-	uint64_t offset, n;   /* elements, in the unit's flat vector; offset a multiple of 128 */
+	uint64_t offset, n; /* elements, in the unit's flat vector; offset a multiple of 128 */
 	enum tensor_init init;
 	float init_std;
-	uint64_t rng_stream;  /* hash of the name: initialisation does not depend on the partition */
+	uint64_t rng_stream; /* hash of the name: initialisation does not depend on the partition */
 };
 
 /*
@@ -159,16 +162,16 @@ struct tensor_info {
  * the zeros behind it up to the page's end. Parts are whole pages.
  */
 struct unit_part {
-	uint64_t begin, end;  /* elements of the unit's flat vector */
+	uint64_t begin, end; /* elements of the unit's flat vector */
 };
 #define UNIT_PARTS_MAX 2
 
 struct unit_info {
 	enum unit_kind kind;
-	uint32_t layer;              /* of a block */
+	uint32_t layer; /* of a block */
 	uint32_t first_tensor, n_tensors;
-	uint64_t n_used;             /* elements up to the end of the last tensor */
-	uint64_t n;                  /* padded to whole pages with zeros */
+	uint64_t n_used; /* elements up to the end of the last tensor */
+	uint64_t n;      /* padded to whole pages with zeros */
 	uint32_t n_pages, n_runs;
 	uint32_t n_parts;
 	struct unit_part part[UNIT_PARTS_MAX];
@@ -178,11 +181,11 @@ struct unit_info {
 struct unit_table {
 	uint32_t n_units, n_tensors;
 	struct unit_info *unit;
-	struct tensor_info *tensor;  /* in unit order */
-	uint64_t page;               /* elements a page */
-	uint64_t n_parameters;       /* real ones, tied counted once */
-	uint64_t n_elements;         /* padded */
-	uint64_t largest_unit;       /* padded elements */
+	struct tensor_info *tensor; /* in unit order */
+	uint64_t page;              /* elements a page */
+	uint64_t n_parameters;      /* real ones, tied counted once */
+	uint64_t n_elements;        /* padded */
+	uint64_t largest_unit;      /* padded elements */
 };
 
 /* Page size rule: design "Words". Deterministic in the model alone. -ENOMEM, -EINVAL. */
@@ -203,11 +206,12 @@ const struct tensor_info *unit_table_find(const struct unit_table *t, const char
 struct page_map {
 	uint32_t n_members, n_units;
 	uint32_t max_owners;
-	uint32_t *member;  /* [n_members] ids, ascending */
-	uint32_t *owner;   /* [n_units][RUNS_PER_UNIT_MAX] member ids */
+	uint32_t *member; /* [n_members] ids, ascending */
+	uint32_t *owner;  /* [n_units][RUNS_PER_UNIT_MAX] member ids */
 };
 
-int page_map_init(struct page_map *p, const struct unit_table *t, const uint32_t *members, uint32_t n, uint32_t max_owners);
+int page_map_init(struct page_map *p, const struct unit_table *t, const uint32_t *members, uint32_t n,
+		  uint32_t max_owners);
 int page_map_add(struct page_map *p, const struct unit_table *t, uint32_t member);
 int page_map_remove(struct page_map *p, const struct unit_table *t, uint32_t member);
 void page_map_release(struct page_map *p);
@@ -270,9 +274,9 @@ void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, ui
 			  struct activation_sizes *out);
 
 struct worker_plan {
-	uint32_t max_span;         /* micro-batches of a lease this worker can hold: a power of two */
+	uint32_t max_span; /* micro-batches of a lease this worker can hold: a power of two */
 	bool keep_activations;
-	uint64_t window_elements;  /* live window where units are copied (0 where they are mapped) */
+	uint64_t window_elements; /* live window where units are copied (0 where they are mapped) */
 	uint32_t n_gradient_buffers;
 	uint64_t gradient_elements; /* of one buffer: the largest unit */
 	uint64_t workspace_bytes;
@@ -286,13 +290,14 @@ struct worker_plan {
  */
 int worker_plan_make(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
 		     uint64_t host_memory, uint32_t host_workers, bool mapped,
-		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out, struct err *e);
+		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out,
+		     struct err *e);
 
 struct shard_plan {
-	uint64_t n_elements;       /* owned */
-	uint64_t pool_elements;    /* partial sums in memory, beside one accumulator a page */
-	uint64_t spill_elements;   /* partial sums that may go to the spill file */
-	uint64_t inbox_elements;   /* one worker's inbox: the largest share of a unit; 0 where mapped */
+	uint64_t n_elements;     /* owned */
+	uint64_t pool_elements;  /* partial sums in memory, beside one accumulator a page */
+	uint64_t spill_elements; /* partial sums that may go to the spill file */
+	uint64_t inbox_elements; /* one worker's inbox: the largest share of a unit; 0 where mapped */
 	struct mem_plan mem;
 };
 int shard_plan_make(const struct job_config *c, const struct unit_table *t, const struct page_map *map, uint32_t member,

@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What happens to a config after it was read: the command line is laid over it,
+ * it is checked as a whole, and it is written out resolved, for the members.
+ */
+#include "model/ds_keys.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- overrides */
+
+static int override_u32(uint32_t *field, uint64_t v, uint64_t max, const char *flag, struct err *e)
+{
+	if (v > max)
+		return err_set(e, -EINVAL, "--%s: expected at most %llu, found %llu", flag, (unsigned long long)max,
+			       (unsigned long long)v);
+	if (v)
+		*field = (uint32_t)v;
+	return 0;
+}
+
+static int override_string(char **field, char *copy, struct err *e)
+{
+	if (!copy)
+		return err_set(e, -ENOMEM, "config: out of memory");
+	free(*field);
+	*field = copy;
+	return 0;
+}
+
+static int override_fabric(struct job_config *c, const char *fabric, struct err *e)
+{
+	static const char *const known[] = { "auto", "local", "local-copy" };
+
+	for (size_t i = 0; i < ARRAY_LEN(known); i++)
+		if (!strcmp(fabric, known[i]))
+			return override_string(&c->fabric, strdup(fabric), e);
+	return err_set(e, -EINVAL, "--fabric: expected auto, local or local-copy, found \"%s\"", fabric);
+}
+
+int job_config_override(struct job_config *c, const struct job_overrides *o, struct err *e)
+{
+	int rc = override_u32(&c->shards, o->shards, 1024, "shards", e);
+
+	if (!rc)
+		rc = override_u32(&c->workers, o->workers, 4096, "workers", e);
+	if (!rc)
+		rc = override_u32(&c->threads_per_worker, o->threads, 1024, "threads", e);
+	if (!rc)
+		rc = override_u32(&c->threads_per_shard, o->threads, 1024, "threads", e);
+	if (!rc && o->steps > INT64_MAX)
+		rc = err_set(e, -EINVAL, "--steps: too large");
+	if (!rc && o->seed && *o->seed > INT64_MAX)
+		rc = err_set(e, -EINVAL, "--seed: expected at most %lld", (long long)INT64_MAX);
+	if (!rc && o->run_dir)
+		rc = override_string(&c->run_dir, ds_absolute(NULL, o->run_dir), e);
+	if (!rc && o->fabric)
+		rc = override_fabric(c, o->fabric, e);
+	if (rc)
+		return rc;
+	if (o->steps)
+		c->steps = o->steps;
+	if (o->seed)
+		c->seed = *o->seed;
+	return 0;
+}
+
+/* --------------------------------------------------------------- validation */
+
+static int validate_data(const struct job_config *c, struct err *e)
+{
+	const struct data_config *d = &c->data;
+
+	if (d->sequence_length > c->model.n_positions)
+		return err_set(e, -EINVAL,
+			       "shardmesh.data.sequence_length: %u is longer than the model's n_positions %u",
+			       d->sequence_length, c->model.n_positions);
+	if (d->format == DATA_BYTES && c->model.vocab_size < 256)
+		return err_set(
+			e, -EINVAL,
+			"shardmesh.model: vocab_size %u is too small for data of format \"bytes\", which needs 256",
+			c->model.vocab_size);
+	if (d->n_validation && d->validation_fraction > 0)
+		return err_set(e, -EINVAL,
+			       "shardmesh.data: validation and validation_fraction are both given; give one");
+	if (c->eval_batches && !d->n_validation && d->validation_fraction == 0)
+		return err_set(
+			e, -EINVAL,
+			"shardmesh.eval_batches: there is nothing to evaluate on; give shardmesh.data.validation "
+			"or validation_fraction");
+	return 0;
+}
+
+int job_config_validate(const struct job_config *c, struct err *e)
+{
+	struct batch_plan b;
+	int rc;
+
+	if (!c->steps)
+		return err_set(e, -EINVAL, "shardmesh.steps: missing; say how many steps to train (or --steps)");
+	rc = validate_data(c, e);
+	if (rc)
+		return rc;
+	rc = batch_resolve(c, c->workers, &b, e);
+	if (rc)
+		return rc;
+	if ((uint64_t)b.micro_batch * c->data.sequence_length > INT32_MAX)
+		return err_set(e, -EINVAL, "train_micro_batch_size_per_gpu: %u samples of %u tokens are too many",
+			       b.micro_batch, c->data.sequence_length);
+	return 0;
+}
+
+/* --------------------------------------------------------------------- dump */
+
+/* Sets dotted path to v (stolen), making the sections on the way. Nonzero: out of memory. */
+static int put(json_t *root, const char *path, json_t *v)
+{
+	const char *dot;
+	char name[64];
+
+	while ((dot = strchr(path, '.'))) {
+		json_t *next;
+
+		snprintf(name, sizeof(name), "%.*s", (int)(dot - path), path);
+		next = json_object_get(root, name);
+		if (!next && json_object_set_new(root, name, next = json_object())) {
+			json_decref(v);
+			return -1;
+		}
+		root = next;
+		path = dot + 1;
+	}
+	return json_object_set_new(root, path, v);
+}
+
+/* Every key that is stored as it is, straight from the table. */
+static int put_plain(json_t *root, const struct job_config *c)
+{
+	int bad = 0;
+
+	for (size_t i = 0; i < ds_n_keys; i++) {
+		const struct ds_key *k = &ds_keys[i];
+		const char *field = (const char *)c + k->offset;
+		uint64_t n;
+
+		if (k->use != DS_USED || !k->size)
+			continue;
+		if (k->type == DS_BOOL) {
+			bad |= put(root, k->path, json_boolean(*(const bool *)field));
+		} else if (k->type == DS_REAL) {
+			bad |= put(root, k->path, json_real(*(const double *)field));
+		} else {
+			n = k->size == sizeof(uint64_t) ? *(const uint64_t *)field : *(const uint32_t *)field;
+			/* 0 is how "not given" is stored where the key itself may not be 0. */
+			if (n >= (uint64_t)k->min)
+				bad |= put(root, k->path, json_integer((json_int_t)n));
+		}
+	}
+	return bad;
+}
+
+static int put_optimizer(json_t *root, const struct optimizer_config *o)
+{
+	int bad = put(root, "optimizer.type", json_string(o->type == OPTIMIZER_ADAM ? "Adam" : "AdamW"));
+
+	bad |= put(root, "optimizer.params.betas", json_pack("[ff]", o->beta1, o->beta2));
+	bad |= put(root, "optimizer.params.adam_w_mode", json_boolean(o->decoupled));
+	return bad;
+}
+
+static int put_scheduler(json_t *root, const struct scheduler_config *s)
+{
+	static const char *const names[] = { "", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR" };
+	int bad;
+
+	if (s->type == SCHEDULER_NONE)
+		return 0;
+	bad = put(root, "scheduler.type", json_string(names[s->type]));
+	bad |= put(root, "scheduler.params.warmup_type", json_string(s->log_warmup ? "log" : "linear"));
+	bad |= put(root, "scheduler.params.warmup_num_steps", json_integer((json_int_t)s->warmup_num_steps));
+	if (s->type != SCHEDULER_WARMUP)
+		bad |= put(root, "scheduler.params.total_num_steps",
+			   s->total_num_steps ? json_integer((json_int_t)s->total_num_steps) : json_string("auto"));
+	if (s->type == SCHEDULER_WARMUP_COSINE) {
+		bad |= put(root, "scheduler.params.warmup_min_ratio", json_real(s->warmup_min_ratio));
+		bad |= put(root, "scheduler.params.cos_min_ratio", json_real(s->cos_min_ratio));
+	} else {
+		bad |= put(root, "scheduler.params.warmup_min_lr", json_real(s->warmup_min_lr));
+		bad |= put(root, "scheduler.params.warmup_max_lr", json_real(s->warmup_max_lr));
+	}
+	return bad;
+}
+
+static json_t *path_list(char *const *path, uint32_t n)
+{
+	json_t *list = json_array();
+
+	for (uint32_t i = 0; list && i < n; i++) {
+		if (json_array_append_new(list, json_string(path[i]))) {
+			json_decref(list);
+			return NULL;
+		}
+	}
+	return list;
+}
+
+static int put_shardmesh(json_t *root, const struct job_config *c)
+{
+	static const char *const formats[] = { "bytes", "llmc", "nanogpt" };
+	static const char *const activations[] = { "auto", "keep", "recompute" };
+	int bad = put(root, "shardmesh.model", json_loads(c->model.json, 0, NULL));
+
+	bad |= put(root, "shardmesh.data.train", path_list(c->data.train, c->data.n_train));
+	if (c->data.n_validation)
+		bad |= put(root, "shardmesh.data.validation", path_list(c->data.validation, c->data.n_validation));
+	bad |= put(root, "shardmesh.data.format", json_string(formats[c->data.format]));
+	bad |= put(root, "shardmesh.data.sequence_length", json_integer(c->data.sequence_length));
+	bad |= put(root, "shardmesh.eval_batches", json_integer(c->eval_batches));
+	bad |= put(root, "shardmesh.fabric", json_string(c->fabric));
+	bad |= put(root, "shardmesh.math", json_string(c->math));
+	bad |= put(root, "shardmesh.run_dir", json_string(c->run_dir));
+	bad |= put(root, "shardmesh.activations", json_string(activations[c->activations]));
+	return bad;
+}
+
+int job_config_dump(const struct job_config *c, char **json, struct err *e)
+{
+	json_t *root = json_object();
+	char *text = NULL;
+	int bad = !root;
+
+	if (!bad) {
+		bad |= put(root, "zero_optimization.stage", json_integer(3));
+		bad |= put_plain(root, c);
+		bad |= put_optimizer(root, &c->optimizer);
+		bad |= put_scheduler(root, &c->scheduler);
+		bad |= put(root, "steps_per_print", json_integer((json_int_t)c->steps_per_print));
+		bad |= put_shardmesh(root, c);
+	}
+	if (!bad)
+		text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(17));
+	json_decref(root);
+	if (!text)
+		return err_set(e, -ENOMEM, "config: out of memory");
+	*json = text;
+	return 0;
+}

@@ -1,0 +1,409 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Readers of the config values that are more than a number or a switch. */
+#include "model/ds_keys.h"
+#include "model/hf_config.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define CONFIG_BYTES_MAX (16u << 20)
+
+char *ds_absolute(const char *base_dir, const char *path)
+{
+	char *cwd = NULL, *out = NULL;
+	int n = -1;
+
+	if (path[0] == '/')
+		return strdup(path);
+	if (!base_dir || base_dir[0] != '/') {
+		cwd = getcwd(NULL, 0);
+		if (!cwd)
+			return NULL;
+	}
+	while (!strncmp(path, "./", 2))
+		path += 2;
+	if (!base_dir || !strcmp(base_dir, "."))
+		n = asprintf(&out, "%s/%s", cwd, path);
+	else if (cwd)
+		n = asprintf(&out, "%s/%s/%s", cwd, base_dir, path);
+	else
+		n = asprintf(&out, "%s/%s", base_dir, path);
+	free(cwd);
+	return n < 0 ? NULL : out;
+}
+
+int ds_read_text(const char *path, char **out, struct err *e)
+{
+	char *text = NULL;
+	size_t bytes = 0;
+	int rc = file_read(path, CONFIG_BYTES_MAX, &text, &bytes, e);
+
+	if (rc)
+		return rc;
+	if (strlen(text) != bytes) {
+		free(text);
+		return err_set(e, -EINVAL, "%s: holds a zero byte, so it is no JSON text", path);
+	}
+	*out = text;
+	return 0;
+}
+
+static int out_of_memory(struct ds_parse *p)
+{
+	return err_set(p->e, -ENOMEM, "%s: out of memory", p->doc.name);
+}
+
+/* -EINVAL with the list of what is expected; words: NULL-ended. Else its index. */
+static int read_word(struct ds_parse *p, const struct json_path *path, const json_t *v, const char *const *words)
+{
+	char list[128] = "", found[64];
+	size_t n = 0;
+	int i;
+
+	for (i = 0; words[i]; i++) {
+		if (json_is_string(v) && !strcmp(json_string_value(v), words[i]))
+			return i;
+		n += (size_t)snprintf(list + n, sizeof(list) - n, "%s\"%s\"",
+				      !i             ? ""
+				      : words[i + 1] ? ", "
+						     : " or ",
+				      words[i]);
+	}
+	return json_fail(&p->doc, path, p->e, "expected %s, found %s", list, json_words(v, found));
+}
+
+int ds_read_steps_per_print(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	const char *s = json_string_value(v);
+
+	/* accelerate writes inf for never, which Python's json writes as a bare Infinity. */
+	if (json_is_auto(v) || (s && (!strcmp(s, "inf") || !strcmp(s, "Infinity")))) {
+		p->c->steps_per_print = 0;
+		return 0;
+	}
+	return json_read_u64(&p->doc, path, v, 0, INT64_MAX, &p->c->steps_per_print, p->e);
+}
+
+int ds_read_stage(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	if (!json_is_integer(v) || json_integer_value(v) != 3)
+		return json_fail(&p->doc, path, p->e, "Shardmesh is ZeRO stage 3; set 3 (found %s)",
+				 json_words(v, words));
+	p->c->zero.stage = 3;
+	return 0;
+}
+
+/* ------------------------------------------------------------ optimizer, schedule */
+
+int ds_read_optimizer_type(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	if (json_is_string(v) && !strcasecmp(json_string_value(v), "adamw")) {
+		p->c->optimizer.type = OPTIMIZER_ADAMW;
+		return 0;
+	}
+	if (json_is_string(v) && !strcasecmp(json_string_value(v), "adam")) {
+		p->c->optimizer.type = OPTIMIZER_ADAM;
+		return 0;
+	}
+	return json_fail(&p->doc, path, p->e, "only Adam and AdamW are built, found %s", json_words(v, words));
+}
+
+/* DeepSpeed's Adam means AdamW unless adam_w_mode is false; for AdamW itself the switch does nothing. */
+int ds_read_adam_w_mode(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	bool on = true;
+	int rc = json_is_auto(v) ? 0 : json_read_bool(&p->doc, path, v, &on, p->e);
+
+	if (!rc)
+		p->c->optimizer.decoupled = on || p->c->optimizer.type == OPTIMIZER_ADAMW;
+	return rc;
+}
+
+int ds_read_betas(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+	double b[2];
+	int rc;
+
+	if (json_is_auto(v))
+		return 0;
+	if (!json_is_array(v) || json_array_size(v) != 2)
+		return json_fail(&p->doc, path, p->e, "expected a list of two numbers, found %s", json_words(v, words));
+	for (size_t i = 0; i < 2; i++) {
+		rc = json_read_f64(&p->doc, path, json_array_get(v, i), 0, 1, &b[i], p->e);
+		if (rc)
+			return rc;
+		if (b[i] == 1)
+			return json_fail(&p->doc, path, p->e, "a beta of 1 never takes a gradient; use less");
+	}
+	p->c->optimizer.beta1 = b[0];
+	p->c->optimizer.beta2 = b[1];
+	return 0;
+}
+
+static const char *const scheduler_names[] = { "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", NULL };
+
+int ds_read_scheduler_type(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	for (int i = 0; scheduler_names[i]; i++) {
+		if (json_is_string(v) && !strcmp(json_string_value(v), scheduler_names[i])) {
+			p->c->scheduler.type = (enum scheduler_type)(SCHEDULER_WARMUP + i);
+			return 0;
+		}
+	}
+	return json_fail(&p->doc, path, p->e, "only WarmupLR, WarmupDecayLR and WarmupCosineLR are built, found %s",
+			 json_words(v, words));
+}
+
+/* The parameters of each schedule: another one's is an error, as it is in DeepSpeed's constructors. */
+static const struct scheduler_param {
+	const char *name;
+	bool of_warmup, of_decay, of_cosine;
+	bool is_real;
+	size_t offset;
+} scheduler_params[] = {
+#define AT(field) offsetof(struct scheduler_config, field)
+	{ "warmup_min_lr", true, true, false, true, AT(warmup_min_lr) },
+	{ "warmup_max_lr", true, true, false, true, AT(warmup_max_lr) },
+	{ "warmup_num_steps", true, true, true, false, AT(warmup_num_steps) },
+	{ "total_num_steps", false, true, true, false, AT(total_num_steps) },
+	{ "warmup_min_ratio", false, false, true, true, AT(warmup_min_ratio) },
+	{ "cos_min_ratio", false, false, true, true, AT(cos_min_ratio) },
+	{ "warmup_type", true, true, true, false, 0 },
+#undef AT
+};
+
+static const struct scheduler_param *scheduler_param_find(enum scheduler_type type, const char *name)
+{
+	const struct scheduler_param *s = scheduler_params;
+
+	while (strcmp(s->name, name))
+		s++;
+	if ((type == SCHEDULER_WARMUP && s->of_warmup) || (type == SCHEDULER_WARMUP_DECAY && s->of_decay) ||
+	    (type == SCHEDULER_WARMUP_COSINE && s->of_cosine))
+		return s;
+	return NULL;
+}
+
+/* HF: the floor is 0, the top the optimizer's rate, the total the job's steps; only the warm-up is a choice. */
+static int read_auto_param(struct ds_parse *p, const struct json_path *path)
+{
+	if (!strcmp(path->key, "warmup_num_steps"))
+		return json_fail(&p->doc, path, p->e,
+				 "\"auto\" is filled in by Hugging Face's Trainer, which is not here; give a number");
+	if (!strcmp(path->key, "warmup_max_lr"))
+		p->max_lr = MAX_LR_AUTO;
+	return 0;
+}
+
+int ds_read_scheduler_param(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	static const char *const warmup_types[] = { "log", "linear", NULL };
+	struct scheduler_config *sc = &p->c->scheduler;
+	const struct scheduler_param *s = scheduler_param_find(sc->type, path->key);
+	void *field;
+	int rc;
+
+	if (!s)
+		return json_fail(&p->doc, path, p->e, "%s has no such parameter",
+				 sc->type == SCHEDULER_NONE ? "a scheduler without type"
+							    : scheduler_names[sc->type - SCHEDULER_WARMUP]);
+	if (json_is_auto(v))
+		return read_auto_param(p, path);
+	if (!strcmp(path->key, "warmup_type")) {
+		rc = read_word(p, path, v, warmup_types);
+		if (rc >= 0)
+			sc->log_warmup = rc == 0;
+		return rc < 0 ? rc : 0;
+	}
+	field = (char *)sc + s->offset;
+	if (!strcmp(path->key, "warmup_max_lr"))
+		p->max_lr = MAX_LR_GIVEN;
+	if (s->is_real)
+		return json_read_f64(&p->doc, path, v, 0, 1e300, field, p->e);
+	return json_read_u64(&p->doc, path, v, 1, INT64_MAX, field, p->e);
+}
+
+/* --------------------------------------------------------------------- ZeRO */
+
+int ds_read_width_default(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	struct zero_config *z = &p->c->zero;
+	uint64_t *field = &z->reduce_bucket_size;
+	bool *automatic = &p->auto_reduce_bucket;
+
+	if (strstr(path->key, "prefetch_bucket_size")) {
+		field = &z->stage3_prefetch_bucket_size;
+		automatic = &p->auto_prefetch;
+	} else if (strstr(path->key, "param_persistence_threshold")) {
+		field = &z->stage3_param_persistence_threshold;
+		automatic = &p->auto_persistence;
+	}
+	*automatic = json_is_auto(v);
+	return *automatic ? 0 : json_read_u64(&p->doc, path, v, 0, INT64_MAX, field, p->e);
+}
+
+/* ---------------------------------------------------------------- shardmesh */
+
+static int read_model_file(struct ds_parse *p, const struct json_path *path, const char *given)
+{
+	char *file = ds_absolute(p->base_dir, given), *text = NULL;
+	struct stat st;
+	struct err why = { 0 };
+	int rc;
+
+	if (file && !stat(file, &st) && S_ISDIR(st.st_mode)) {
+		char *in_dir = NULL;
+
+		if (asprintf(&in_dir, "%s/config.json", file) < 0)
+			in_dir = NULL;
+		free(file);
+		file = in_dir;
+	}
+	if (!file)
+		return out_of_memory(p);
+	rc = ds_read_text(file, &text, &why);
+	if (rc)
+		rc = json_fail(&p->doc, path, p->e, "%s", why.text);
+	else
+		rc = model_config_parse(text, file, &p->c->model, p->e);
+	free(text);
+	free(file);
+	return rc;
+}
+
+int ds_read_model(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	if (json_is_object(v))
+		return model_config_read(&p->doc, path, v, &p->c->model, p->e);
+	if (json_is_string(v))
+		return read_model_file(p, path, json_string_value(v));
+	return json_fail(&p->doc, path, p->e,
+			 "expected the path of a config.json, its directory, or its keys as an object, found %s",
+			 json_words(v, words));
+}
+
+static int read_path(struct ds_parse *p, const struct json_path *path, const json_t *v, char **out)
+{
+	char words[64];
+
+	if (!json_is_string(v) || !json_string_length(v))
+		return json_fail(&p->doc, path, p->e, "expected a path or a list of paths, found %s",
+				 json_words(v, words));
+	*out = ds_absolute(p->base_dir, json_string_value(v));
+	return *out ? 0 : out_of_memory(p);
+}
+
+/* data.train and data.validation: a path or a list of paths. */
+int ds_read_paths(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	bool train = !strcmp(path->key, "train");
+	uint32_t *n = train ? &p->c->data.n_train : &p->c->data.n_validation;
+	char ***list = train ? &p->c->data.train : &p->c->data.validation;
+	size_t count = json_is_array(v) ? json_array_size(v) : 1;
+	int rc = 0;
+
+	if (!count)
+		return json_fail(&p->doc, path, p->e, "expected a path or a list of paths, found an empty list");
+	*list = calloc(count, sizeof(**list));
+	if (!*list)
+		return out_of_memory(p);
+	for (; !rc && *n < count; *n += !rc)
+		rc = read_path(p, path, json_is_array(v) ? json_array_get(v, *n) : v, &(*list)[*n]);
+	return rc;
+}
+
+int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	static const char *const words[] = { "bytes", "llmc", "nanogpt", NULL };
+	int i = read_word(p, path, v, words);
+
+	if (i >= 0)
+		p->c->data.format = (enum data_format)i;
+	return i < 0 ? i : 0;
+}
+
+int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	uint64_t n;
+	int rc = json_read_u64(&p->doc, path, v, 1, 1u << 24, &n, p->e);
+
+	if (!rc)
+		p->c->data.sequence_length = (uint32_t)n;
+	return rc;
+}
+
+int ds_read_eval_batches(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	uint64_t n;
+	int rc = json_read_u64(&p->doc, path, v, 0, 1u << 20, &n, p->e);
+
+	if (!rc) {
+		p->c->eval_batches = (uint32_t)n;
+		p->has_eval_batches = true;
+	}
+	return rc;
+}
+
+int ds_read_activations(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	static const char *const words[] = { "auto", "keep", "recompute", NULL };
+	int i = read_word(p, path, v, words);
+
+	if (i >= 0)
+		p->c->activations = (enum activations_mode)i;
+	return i < 0 ? i : 0;
+}
+
+/* Replaces the default that stands in *field. */
+static int replace_string(struct ds_parse *p, char **field, const char *s)
+{
+	char *copy = strdup(s);
+
+	if (!copy)
+		return out_of_memory(p);
+	free(*field);
+	*field = copy;
+	return 0;
+}
+
+int ds_read_fabric(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	static const char *const words[] = { "auto", "local", "local-copy", NULL };
+	int i = read_word(p, path, v, words);
+
+	return i < 0 ? i : replace_string(p, &p->c->fabric, words[i]);
+}
+
+int ds_read_math(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	if (!json_is_string(v))
+		return json_fail(&p->doc, path, p->e, "expected a string, found %s", json_words(v, words));
+	return replace_string(p, &p->c->math, json_is_auto(v) ? "" : json_string_value(v));
+}
+
+int ds_read_run_dir(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char *dir;
+	int rc = read_path(p, path, v, &dir);
+
+	if (rc)
+		return rc;
+	free(p->c->run_dir);
+	p->c->run_dir = dir;
+	return 0;
+}
