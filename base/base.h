@@ -45,8 +45,17 @@ struct err {
 	char text[1024];
 };
 
-/* Fills e (e may be NULL) with a formatted text; returns code, for `return err_set(...)`. */
+/* Fills e (e may be NULL) with a formatted text; returns code (below 0), for `return err_set(...)`. */
 int err_set(struct err *e, int code, const char *fmt, ...) PRINTF_LIKE(3, 4);
+/* So that a compiler sees that what comes back is no success, and does not fear for outputs that are not written. */
+#define err_set(e, code, ...)                         \
+	({                                            \
+		int err_code_ = (code);               \
+		err_set((e), err_code_, __VA_ARGS__); \
+		if (err_code_ >= 0)                   \
+			__builtin_unreachable();      \
+		err_code_;                            \
+	})
 /* Puts "prefix: " before the text that e holds; returns e->code. */
 int err_prefix(struct err *e, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
@@ -65,7 +74,10 @@ struct log {
 	_Atomic uint64_t count[LOG_LEVELS];
 };
 
-/* format: LOG_TEXT on a terminal, else LOG_JSON, unless the caller says. No allocation. */
+/*
+ * format: LOG_TEXT on a terminal, else LOG_JSON, unless the caller says. warn_fd:
+ * what a launcher handed down as SHARDMESH_WARN_FD, else none. No allocation.
+ */
 void log_init(struct log *l, int fd, const char *who);
 int log_level_parse(const char *name, enum log_level *out);
 /*

@@ -2,6 +2,8 @@
 #include "base/base.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -17,11 +19,23 @@ struct line {
 	size_t n;
 };
 
+static int inherited_warn_fd(void)
+{
+	const char *text = getenv("SHARDMESH_WARN_FD");
+	char *end;
+	long fd;
+
+	if (!text)
+		return -1;
+	fd = strtol(text, &end, 10);
+	return *text && !*end && fd > STDERR_FILENO && fcntl((int)fd, F_GETFD) >= 0 ? (int)fd : -1;
+}
+
 void log_init(struct log *l, int fd, const char *who)
 {
 	memset(l, 0, sizeof(*l));
 	l->fd = fd;
-	l->warn_fd = -1;
+	l->warn_fd = inherited_warn_fd();
 	l->level = LOG_INFO;
 	l->format = isatty(fd) ? LOG_TEXT : LOG_JSON;
 	snprintf(l->who, sizeof(l->who), "%s", who);

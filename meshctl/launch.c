@@ -19,6 +19,8 @@
 #include <unistd.h>
 
 #define CHILD_ARGS_MAX 48
+#define WARN_FD 3
+#define WARN_FD_TEXT "3"
 
 int launcher_init(struct launcher *l, const char *run_dir, struct err *e)
 {
@@ -47,16 +49,18 @@ int launcher_init(struct launcher *l, const char *run_dir, struct err *e)
 static void become(const char *path, char *const argv[], int log_fd, pid_t parent, pid_t group)
 {
 	sigset_t none;
+	int warn;
 
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL) || getppid() != parent)
 		_exit(126);
 	setpgid(0, group);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
-	/* The launcher's own standard error stays open as fd 3: warnings go there too. */
-	if (dup2(STDERR_FILENO, 3) < 0 || dup2(log_fd, STDERR_FILENO) < 0 || dup2(log_fd, STDOUT_FILENO) < 0)
+	/* The launcher's own standard error becomes fd 3: warnings go there too. The log's fd may be 3 until then. */
+	warn = fcntl(STDERR_FILENO, F_DUPFD, 10);
+	if (warn < 0 || dup2(log_fd, STDERR_FILENO) < 0 || dup2(log_fd, STDOUT_FILENO) < 0 || dup2(warn, WARN_FD) < 0)
 		_exit(126);
-	fcntl(3, F_SETFD, 0);
+	close(warn);
 	execv(path, argv);
 	_exit(127);
 }
@@ -91,6 +95,7 @@ int launcher_start(struct launcher *l, const char *name, const char *program, co
 		n++;
 	}
 	args[n] = NULL;
+	setenv("SHARDMESH_WARN_FD", WARN_FD_TEXT, 1);
 	fflush(NULL);
 	pid = fork();
 	if (pid == 0)
@@ -164,6 +169,18 @@ static void last_line(const char *path, char *out, size_t bytes)
 	snprintf(out, bytes, "%s", start ? start + 1 : buf);
 }
 
+/* A structured line says in "msg" what people should read. */
+static void message_of(char *line, size_t bytes)
+{
+	json_error_t je;
+	json_t *j = json_loads(line, 0, &je);
+	const char *msg = json_string_value(json_object_get(j, "msg"));
+
+	if (msg)
+		snprintf(line, bytes, "%s", msg);
+	json_decref(j);
+}
+
 void child_epitaph(const struct child *c, char *out, size_t bytes)
 {
 	char line[512];
@@ -174,5 +191,6 @@ void child_epitaph(const struct child *c, char *out, size_t bytes)
 		return;
 	}
 	last_line(c->log, line, sizeof(line));
+	message_of(line, sizeof(line));
 	snprintf(out, bytes, "%s exited with code %d%s%s", c->name, WEXITSTATUS(c->status), line[0] ? ": " : "", line);
 }
