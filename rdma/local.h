@@ -25,6 +25,13 @@
 
 _Static_assert(LOCAL_OPS >= FAB_BATCH_MAX, "a batch fits");
 
+/* What an address blob holds: where to connect, and a key that opens once. */
+struct local_where {
+	uint32_t magic;
+	uint8_t key[LOCAL_KEY_BYTES];
+	char socket_name[LOCAL_SOCKET_NAME_BYTES];
+};
+
 /* A region as its owner describes it: in the blob and, beside the file descriptor, on the socket. */
 struct local_desc {
 	uint32_t magic;

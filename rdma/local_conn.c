@@ -39,18 +39,12 @@
 #define ADDRESS_MAGIC 0x31414d53u /* "SMA1" */
 #define MESSAGES_AT_ONCE 8
 
-struct address {
-	uint32_t magic;
-	uint8_t key[LOCAL_KEY_BYTES];
-	char socket_name[LOCAL_SOCKET_NAME_BYTES];
-};
-
 /* -------------------------------------------------------------- addresses */
 
 int local_address(struct fab *f, uint64_t user, struct fab_blob *out)
 {
 	struct local_address one = { .user = user };
-	struct address a = { .magic = ADDRESS_MAGIC };
+	struct local_where a = { .magic = ADDRESS_MAGIC };
 	int ret = local_random(one.key, sizeof(one.key));
 
 	if (ret)
@@ -312,16 +306,24 @@ void local_accept(struct fab *f)
 	}
 }
 
+/* A greeting has a fresh socket: that it is full is no reason to wait, and a peer that has gone refuses. */
+static int say(struct fab_ep *ep, const struct local_msg *m, int fd)
+{
+	int ret = local_send(ep->sock, m, fd);
+
+	return ret == -EPIPE || ret == -ECONNRESET ? -ECONNREFUSED : ret;
+}
+
 static int say_hello(struct fab_ep *ep)
 {
 	struct local_msg m;
 
 	local_msg_init(&m, LOCAL_HELLO, 0);
 	memcpy(m.key, ep->key, sizeof(m.key));
-	return local_send(ep->sock, &m, ep->fab->proof_fd);
+	return say(ep, &m, ep->fab->proof_fd);
 }
 
-static int dial(struct fab *f, const struct address *a, int *out, pid_t *pid)
+static int dial(struct fab *f, const struct local_where *a, int *out, pid_t *pid)
 {
 	struct sockaddr_un to = { .sun_family = AF_UNIX };
 	socklen_t len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + sizeof(a->socket_name));
@@ -342,7 +344,7 @@ static int dial(struct fab *f, const struct address *a, int *out, pid_t *pid)
 
 int local_connect(struct fab *f, const struct fab_blob *address, uint64_t user, struct fab_ep **out)
 {
-	struct address a;
+	struct local_where a;
 	struct fab_ep *ep;
 	pid_t pid = 0;
 	int sock = -1, ret;
@@ -392,7 +394,7 @@ static int on_hello(struct fab_ep *ep, const struct local_msg *m, int fd)
 	local_msg_init(&answer, LOCAL_WELCOME, 0);
 	ret = local_proof_hash(fd, ep->key, answer.hash);
 	if (!ret)
-		ret = local_send(ep->sock, &answer, ep->fab->proof_fd);
+		ret = say(ep, &answer, ep->fab->proof_fd);
 	if (!ret)
 		ep->state = LOCAL_WAIT_PROOF;
 	return ret;
@@ -419,7 +421,7 @@ static int on_welcome(struct fab_ep *ep, const struct local_msg *m, int fd)
 	local_msg_init(&answer, LOCAL_PROOF, 0);
 	ret = local_proof_hash(fd, ep->key, answer.hash);
 	if (!ret)
-		ret = local_send(ep->sock, &answer, -1);
+		ret = say(ep, &answer, -1);
 	if (!ret)
 		ep->state = LOCAL_WAIT_READY;
 	return ret;
@@ -433,7 +435,7 @@ static int on_proof(struct fab_ep *ep, const struct local_msg *m, struct local_s
 	if (ret)
 		return ret;
 	local_msg_init(&answer, LOCAL_READY, 0);
-	ret = local_send(ep->sock, &answer, -1);
+	ret = say(ep, &answer, -1);
 	if (!ret)
 		up(ep, s, FAB_EV_ACCEPTED);
 	return ret;

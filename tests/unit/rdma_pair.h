@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Two fabric instances and an endpoint between them, for tests of rdma/. In one
- * process, both are polled by the one thread; between processes, a pipe carries
- * what the control connection would.
+ * process both are polled by the one thread; between processes, a socket pair
+ * carries what the control connection would.
  */
 #ifndef SHARDMESH_TEST_RDMA_PAIR_H
 #define SHARDMESH_TEST_RDMA_PAIR_H
@@ -19,7 +19,8 @@
 
 #include <cmocka.h>
 
-#define WAIT_NS 10000000000ull
+#define WAIT_NS 20000000000ull
+#define PAGE 4096u
 
 struct pair {
 	const struct fab_ops *ops;
@@ -39,9 +40,23 @@ static inline uint32_t open_fds(void)
 	return n;
 }
 
-static inline struct fab *fab_open_named(const struct fab_ops *ops, uint32_t member)
+/* Mappings of this process that come from a fabric. */
+static inline uint32_t shared_mappings(void)
 {
-	struct fab_config cfg = { .job = "test", .member = member };
+	FILE *f = fopen("/proc/self/maps", "r");
+	char line[512];
+	uint32_t n = 0;
+
+	assert_non_null(f);
+	while (fgets(line, sizeof(line), f))
+		n += strstr(line, "memfd:shardmesh-") != NULL;
+	fclose(f);
+	return n;
+}
+
+static inline struct fab *fab_new(const struct fab_ops *ops, uint32_t member, struct log *log)
+{
+	struct fab_config cfg = { .job = "test", .member = member, .log = log };
 	struct fab *f = NULL;
 	struct err e = { 0 };
 
@@ -56,7 +71,6 @@ static inline void nap(void)
 	nanosleep(&t, NULL);
 }
 
-/* The next event of f; other instances of this process may be polled meanwhile by `other` (NULL: none). */
 static inline struct fab_event next_event(const struct fab_ops *ops, struct fab *f)
 {
 	uint64_t end = clock_now_ns() + WAIT_NS;
@@ -77,7 +91,7 @@ static inline void no_event(const struct fab_ops *ops, struct fab *f)
 		assert_int_equal(ops->poll(f, &ev, 1), 0);
 }
 
-/* Polls both until each has an event, which must be of these types. */
+/* The first event of each, both polled meanwhile. */
 static inline void both_events(struct pair *p, struct fab_event *at_a, struct fab_event *at_b)
 {
 	uint64_t end = clock_now_ns() + WAIT_NS;
@@ -94,8 +108,8 @@ static inline void both_events(struct pair *p, struct fab_event *at_a, struct fa
 
 static inline void pair_connect(struct pair *p)
 {
+	struct fab_event ea = { 0 }, eb = { 0 };
 	struct fab_blob address;
-	struct fab_event ea, eb;
 
 	assert_int_equal(p->ops->address(p->b, 22, &address), 0);
 	assert_int_equal(p->ops->connect(p->a, &address, 11, &p->ab), 0);
@@ -115,8 +129,8 @@ static inline void pair_open(struct pair *p, const char *provider)
 	memset(p, 0, sizeof(*p));
 	p->ops = fab_provider(provider);
 	assert_non_null(p->ops);
-	p->a = fab_open_named(p->ops, 1);
-	p->b = fab_open_named(p->ops, 2);
+	p->a = fab_new(p->ops, 1, NULL);
+	p->b = fab_new(p->ops, 2, NULL);
 	pair_connect(p);
 }
 
@@ -129,7 +143,7 @@ static inline void pair_close(struct pair *p)
 static inline struct fab_region *region_new(const struct fab_ops *ops, struct fab *f, uint64_t bytes,
 					    enum fab_access access)
 {
-	struct fab_region_attr attr = { .name = "test", .bytes = bytes, .access = access };
+	struct fab_region_attr attr = { .name = "memory", .bytes = bytes, .access = access };
 	struct fab_region *r = NULL;
 	struct err e = { 0 };
 
@@ -137,33 +151,37 @@ static inline struct fab_region *region_new(const struct fab_ops *ops, struct fa
 	return r;
 }
 
-/* Exports r at one end and imports it at the other, whose instance is `f`. */
+/* Exports r over `from` and imports it over `to`, an endpoint of f. */
 static inline struct fab_remote *region_pass(const struct fab_ops *ops, struct fab_ep *from, struct fab_region *r,
 					     struct fab *f, struct fab_ep *to)
 {
 	struct fab_remote *remote = NULL;
 	struct fab_blob blob;
-	int ret;
 
 	assert_int_equal(ops->export_region(from, r, &blob), 0);
 	assert_int_equal(ops->import_region(to, &blob, &remote), -EAGAIN);
 	no_event(ops, f);
-	ret = ops->import_region(to, &blob, &remote);
-	assert_int_equal(ret, 0);
+	assert_int_equal(ops->import_region(to, &blob, &remote), 0);
+	assert_non_null(remote);
 	return remote;
 }
 
 /* Every byte depends on its place and on seed. */
+static inline uint8_t pattern(uint64_t i, uint8_t seed)
+{
+	return (uint8_t)(i * 131 + (i >> 8) * 7 + seed);
+}
+
 static inline void fill(uint8_t *p, uint64_t n, uint8_t seed)
 {
 	for (uint64_t i = 0; i < n; i++)
-		p[i] = (uint8_t)((i * 131 + (i >> 8) * 7 + seed) & 0xff);
+		p[i] = pattern(i, seed);
 }
 
 static inline bool filled(const uint8_t *p, uint64_t n, uint8_t seed)
 {
 	for (uint64_t i = 0; i < n; i++)
-		if (p[i] != (uint8_t)((i * 131 + (i >> 8) * 7 + seed) & 0xff))
+		if (p[i] != pattern(i, seed))
 			return false;
 	return true;
 }
