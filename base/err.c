@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/base.h"
 
+#include <assert.h>
 #include <string.h>
 
-int err_set(struct err *e, int code, const char *fmt, ...)
+/* In brackets, which keep the macro of this name out. */
+int(err_set)(struct err *e, int code, const char *fmt, ...)
 {
 	va_list ap;
 
+	/* The macro builds on it. */
+	assert(code < 0);
 	if (!e)
 		return code;
 	e->code = code;
