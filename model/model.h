@@ -262,10 +262,18 @@ void mem_plan_add(struct mem_plan *p, const char *name, uint64_t bytes, const ch
 void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p);
 
 /*
- * Activation buffers of a span, in floats per micro-batch: `boundary` is kept
- * for every unit whatever the mode; `inner` per block is kept, or once for the
- * block being recomputed; `scratch` is one block's backward; `head` is the
- * logits and what the loss needs.
+ * Activation buffers of a span, in floats per micro-batch, each buffer rounded
+ * up to a cache line; C channels, H heads, F inner width, V vocabulary, a row a
+ * token:
+ *   boundary  C: the residual stream into each block and into the head; kept
+ *             n_layer + 1 times whatever the mode
+ *   inner     ln_1 out C, mean, rstd, qkv 3C, attention out C, lse H, residual
+ *             between C, ln_2 out C, mean, rstd, fc before and after its
+ *             activation 2F; kept for every block, or once for the block that
+ *             is recomputed
+ *   scratch   the branch C, the residual's gradient C, one more C, and one of
+ *             max(3C, F): once
+ *   head      ln_f out C, mean, rstd, logits V: once
  */
 struct activation_sizes {
 	uint64_t boundary, inner, scratch, head;
@@ -274,7 +282,7 @@ void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, ui
 			  struct activation_sizes *out);
 
 struct worker_plan {
-	uint32_t max_span; /* micro-batches of a lease this worker can hold: a power of two */
+	uint32_t max_span; /* micro-batches of a lease this worker can hold: a power of two, at most M */
 	bool keep_activations;
 	uint64_t window_elements; /* live window where units are copied (0 where they are mapped) */
 	uint32_t n_gradient_buffers;
@@ -323,14 +331,15 @@ uint64_t data_windows(const struct data_set *d, enum data_split split);
 uint64_t data_fingerprint(const struct data_set *d);
 /*
  * Micro-batch `index` of step `step` (training), or micro-batch `index` of the
- * fixed evaluation set. tokens, targets: [micro_batch][sequence_length].
+ * n_micro of the fixed evaluation set, whose windows stand at even distances
+ * (step is ignored). tokens, targets: [micro_batch][sequence_length].
  */
 void data_micro_batch(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
 		      uint32_t micro_batch, uint32_t *tokens, uint32_t *targets);
 
 /* ----------------------------------------------------------------- safetensors */
 
-enum st_dtype { ST_F32, ST_F16, ST_BF16 };
+enum st_dtype { ST_F32, ST_F16, ST_BF16, ST_OTHER }; /* ST_OTHER: a legal type that st_read_f32 refuses */
 struct st_tensor {
 	char *name;
 	enum st_dtype dtype;

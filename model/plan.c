@@ -1,0 +1,353 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The memory plan: what a worker and a shard service will take, to the byte of
+ * every large buffer, before they take it. The counts are upper bounds that the
+ * programs reach: buffers begin on cache lines, so each is rounded up to one
+ * for every micro-batch, and is at most that when a span lies in one piece.
+ *
+ * A worker chooses two things from its budget: how many micro-batches a span
+ * may have, and whether activations are kept. Long spans save fetches and
+ * pushes, kept activations save a second forward; both cost activations. A span
+ * is never longer than the coordinator would lease it to the workers asked for.
+ */
+#include "model/model.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#define LINE_FLOATS (CACHE_LINE / sizeof(float))
+/* Of the host's memory, for its workers: the other half is for shard services, data and the system. */
+#define HOST_SHARE 2
+/* A span this many times shorter is still better than computing the forward twice. */
+#define KEEP_WORTH 4
+/* Sums of the whole share that the automatic pool holds; more than this waits in spill for a long tree. */
+#define POOL_SHARES 2
+
+void mem_plan_add(struct mem_plan *p, const char *name, uint64_t bytes, const char *note_fmt, ...)
+{
+	struct plan_line *l = &p->line[p->n_lines];
+	va_list ap;
+
+	assert(p->n_lines < PLAN_LINES_MAX);
+	p->n_lines++;
+	snprintf(l->name, sizeof(l->name), "%s", name);
+	l->bytes = bytes;
+	va_start(ap, note_fmt);
+	vsnprintf(l->note, sizeof(l->note), note_fmt, ap);
+	va_end(ap);
+	p->total += bytes;
+}
+
+void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p)
+{
+	char size[24];
+
+	fprintf(f, "memory of %s\n", who);
+	for (uint32_t i = 0; i < p->n_lines; i++)
+		fprintf(f, "  %-24s %10s  %s\n", p->line[i].name, bytes_text(p->line[i].bytes, size), p->line[i].note);
+	fprintf(f, "  %-24s %10s\n", "total", bytes_text(p->total, size));
+}
+
+/* ---------------------------------------------------------------- activations */
+
+static uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static uint64_t buffer(uint64_t rows, uint64_t width)
+{
+	return round_up_u64(rows * width, LINE_FLOATS);
+}
+
+void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
+			  struct activation_sizes *out)
+{
+	uint64_t rows = (uint64_t)micro_batch * sequence_length;
+	uint64_t c = buffer(rows, m->n_embd), wide = max_u64(m->n_inner, 3 * (uint64_t)m->n_embd);
+
+	out->boundary = c;
+	/* both norms with mean and rstd, q k v, attention and its lse, the residual between, before and after the gelu */
+	out->inner = 4 * c + 4 * buffer(rows, 1) + buffer(rows, 3 * (uint64_t)m->n_embd) + buffer(rows, m->n_head) +
+		     2 * buffer(rows, m->n_inner);
+	/* the branch, the residual's gradient, another of its width, and the widest: of q k v or of the inner layer */
+	out->scratch = 3 * c + buffer(rows, wide);
+	out->head = c + 2 * buffer(rows, 1) + buffer(rows, m->vocab_size);
+}
+
+/* Tokens, targets, loss and dropout streams of a span. */
+static uint64_t sample_bytes(const struct model_config *m, uint64_t rows, uint32_t span)
+{
+	uint64_t sites = 1 + 3 * (uint64_t)m->n_layer;
+
+	return 2 * round_up_u64(span * rows * sizeof(uint32_t), CACHE_LINE) +
+	       round_up_u64(span * sizeof(double), CACHE_LINE) +
+	       round_up_u64(span * sites * sizeof(uint64_t), CACHE_LINE);
+}
+
+/* --------------------------------------------------------------------- worker */
+
+struct worker_need {
+	const struct job_config *c;
+	struct activation_sizes sizes;
+	uint64_t rows;
+	uint64_t (*workspace)(void *ctx, uint32_t n_mb);
+	void *ctx;
+};
+
+static uint64_t blocks_bytes(const struct worker_need *n, uint32_t span, bool keep)
+{
+	return span * n->sizes.inner * (keep ? n->c->model.n_layer : 1) * sizeof(float);
+}
+
+static uint64_t boundary_bytes(const struct worker_need *n, uint32_t span)
+{
+	return span * n->sizes.boundary * ((uint64_t)n->c->model.n_layer + 1) * sizeof(float);
+}
+
+static uint64_t activation_bytes(const struct worker_need *n, uint32_t span, bool keep)
+{
+	return boundary_bytes(n, span) + blocks_bytes(n, span, keep) +
+	       span * (n->sizes.scratch + n->sizes.head) * sizeof(float) + sample_bytes(&n->c->model, n->rows, span);
+}
+
+/* Bytes that count against the budget: a budget the user gave is for activations alone. */
+static uint64_t counted_bytes(const struct worker_need *n, uint32_t span, bool keep)
+{
+	return activation_bytes(n, span, keep) + (n->c->activation_memory ? 0 : n->workspace(n->ctx, span));
+}
+
+/* Micro-batches that the busiest of equal workers gets when spans are dealt in turn. */
+static uint32_t busiest(uint32_t n_micro, uint32_t workers, uint32_t span)
+{
+	uint32_t full = n_micro / span, each = full / workers * span;
+
+	return full % workers ? each + span : each + n_micro % span;
+}
+
+/* The longest span, a power of two, for which the busiest worker gets no more than with spans of one. */
+static uint32_t useful_span(uint32_t n_micro, uint32_t workers)
+{
+	uint32_t longest = 1;
+
+	for (uint32_t span = 2; span <= n_micro; span *= 2)
+		if (busiest(n_micro, workers, span) <= busiest(n_micro, workers, 1))
+			longest = span;
+	return longest;
+}
+
+/* The longest span that fits, 0 for none. */
+static uint32_t fitting_span(const struct worker_need *n, uint32_t longest, bool keep, uint64_t budget)
+{
+	uint32_t span = longest;
+
+	while (span && counted_bytes(n, span, keep) > budget)
+		span /= 2;
+	return span;
+}
+
+/* What must be live at once: the largest unit, and for a tied head the embedding beside it. */
+static uint64_t window_min(const struct job_config *c, const struct unit_table *t)
+{
+	uint64_t head = t->unit[t->n_units - 1].n;
+
+	if (c->model.tie_word_embeddings)
+		head += t->unit[0].n;
+	return max_u64(t->largest_unit, head);
+}
+
+/* stage3_max_live_parameters, not more than the model, less where half the budget is less, never below the minimum. */
+static uint64_t window_elements(const struct job_config *c, const struct unit_table *t, uint64_t budget)
+{
+	uint64_t n = min_u64(c->zero.stage3_max_live_parameters, t->n_elements);
+
+	n = min_u64(n, budget / 2 / sizeof(float) / t->page * t->page);
+	return max_u64(n, window_min(c, t));
+}
+
+static void add_window_line(struct worker_plan *p, const struct job_config *c, const struct unit_table *t)
+{
+	const char *why = "stage3_max_live_parameters";
+
+	if (p->window_elements == t->n_elements)
+		why = "the whole model";
+	else if (p->window_elements > c->zero.stage3_max_live_parameters)
+		why = "stage3_max_live_parameters raised to what is needed at once";
+	else if (p->window_elements < c->zero.stage3_max_live_parameters)
+		why = "less than stage3_max_live_parameters: half of the worker's budget";
+	if (p->window_elements)
+		mem_plan_add(&p->mem, "parameter window", p->window_elements * sizeof(float), "%s", why);
+	else
+		mem_plan_add(&p->mem, "parameter window", 0, "units are read in place");
+}
+
+static void add_worker_lines(struct worker_plan *p, const struct worker_need *n, const struct unit_table *t)
+{
+	const struct job_config *c = n->c;
+	uint32_t span = p->max_span;
+
+	add_window_line(p, c, t);
+	mem_plan_add(&p->mem, "gradient buffers", p->n_gradient_buffers * p->gradient_elements * sizeof(float),
+		     "%u of the largest unit", p->n_gradient_buffers);
+	mem_plan_add(&p->mem, "residual stream", boundary_bytes(n, span),
+		     "between units, spans of up to %u micro-batches", span);
+	if (p->keep_activations)
+		mem_plan_add(&p->mem, "activations", blocks_bytes(n, span, true), "kept for all %u blocks",
+			     c->model.n_layer);
+	else
+		mem_plan_add(&p->mem, "activations", blocks_bytes(n, span, false),
+			     "of one block, recomputed in backward");
+	mem_plan_add(&p->mem, "scratch", span * n->sizes.scratch * sizeof(float), "of one block's backward");
+	mem_plan_add(&p->mem, "logits", span * n->sizes.head * sizeof(float), "and the final norm");
+	mem_plan_add(&p->mem, "samples", sample_bytes(&c->model, n->rows, span), "tokens, targets, dropout streams");
+	mem_plan_add(&p->mem, "workspace", p->workspace_bytes, "of the kernels");
+}
+
+static int choose_span(struct worker_plan *p, const struct worker_need *n, uint32_t longest, uint64_t budget)
+{
+	enum activations_mode mode = n->c->activations;
+	uint32_t keep = mode == ACTIVATIONS_RECOMPUTE ? 0 : fitting_span(n, longest, true, budget);
+	uint32_t recompute = mode == ACTIVATIONS_KEEP ? 0 : fitting_span(n, longest, false, budget);
+
+	if (!keep && !recompute)
+		return -ENOMEM;
+	p->keep_activations = keep && (uint64_t)keep * KEEP_WORTH >= recompute;
+	p->max_span = p->keep_activations ? keep : recompute;
+	return 0;
+}
+
+int worker_plan_make(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
+		     uint64_t host_memory, uint32_t host_workers, bool mapped,
+		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out, struct err *e)
+{
+	struct worker_need n = { .c = c, .workspace = workspace, .ctx = ctx };
+	struct worker_plan p = { .n_gradient_buffers = 2, .gradient_elements = t->largest_unit };
+	uint64_t total = host_memory / HOST_SHARE / (host_workers ? host_workers : 1);
+	uint64_t fixed, budget, need;
+	char need_text[24], has_text[24];
+
+	activation_sizes_get(&c->model, b->micro_batch, c->data.sequence_length, &n.sizes);
+	n.rows = (uint64_t)b->micro_batch * c->data.sequence_length;
+	p.window_elements = mapped ? 0 : window_elements(c, t, total);
+	fixed = (p.window_elements + p.n_gradient_buffers * p.gradient_elements) * sizeof(float);
+	budget = c->activation_memory ? c->activation_memory : total > fixed ? total - fixed : 0;
+	if (choose_span(&p, &n, useful_span(b->n_micro, c->workers ? c->workers : 1), budget)) {
+		need = counted_bytes(&n, 1, c->activations == ACTIVATIONS_KEEP);
+		return err_set(
+			e, -ENOMEM,
+			"a worker has %s for activations%s, and a span of one micro-batch (%u samples of %u tokens) "
+			"needs %s%s",
+			bytes_text(budget, has_text),
+			c->activation_memory ? " (shardmesh.activation_memory)" : " and workspace", b->micro_batch,
+			c->data.sequence_length, bytes_text(need, need_text),
+			c->activations == ACTIVATIONS_KEEP ? " with shardmesh.activations \"keep\"" : "");
+	}
+	p.workspace_bytes = workspace(ctx, p.max_span);
+	add_worker_lines(&p, &n, t);
+	*out = p;
+	return 0;
+}
+
+/* -------------------------------------------------------------- shard service */
+
+static uint32_t log2_ceil(uint64_t n)
+{
+	uint32_t bits = 0;
+
+	while (bits < 63 && (UINT64_C(1) << bits) < n)
+		bits++;
+	return bits;
+}
+
+/* Elements of the share that lie in a part. */
+static uint64_t part_elements(const struct share *s, const struct unit_part *part)
+{
+	uint64_t n = 0;
+
+	for (uint32_t i = 0; i < s->n_seg; i++) {
+		uint64_t begin = max_u64(s->seg[i].unit_offset, part->begin);
+		uint64_t end = min_u64(s->seg[i].unit_offset + s->seg[i].n, part->end);
+
+		n += end > begin ? end - begin : 0;
+	}
+	return n;
+}
+
+struct shard_need {
+	uint64_t owned, accumulators, largest_share;
+};
+
+static void count_owned(const struct unit_table *t, const struct page_map *map, uint32_t member, struct shard_need *n)
+{
+	struct share s;
+
+	*n = (struct shard_need){ 0 };
+	for (uint32_t u = 0; u < t->n_units; u++) {
+		page_map_share(map, t, member, u, &s);
+		n->owned += s.n;
+		n->largest_share = max_u64(n->largest_share, s.n);
+		for (uint32_t k = 0; k < t->unit[u].n_parts; k++)
+			n->accumulators += part_elements(&s, &t->unit[u].part[k]);
+	}
+}
+
+/*
+ * Partial sums beside the accumulators: a tree holds at most ceil(log2 M)
+ * complete nodes left of its lowest missing leaf, and K more are let in on the
+ * right; one of them all is in the accumulator. Only the nodes on the left have
+ * to be taken whatever happens, so only they need a place outside the pool.
+ */
+static int plan_sums(const struct job_config *c, const struct shard_need *n, uint32_t n_micro, uint32_t n_workers,
+		     struct shard_plan *p, struct err *e)
+{
+	uint64_t depth = log2_ceil(n_micro), all = n_micro > 1 ? (depth + c->max_held_nodes - 1) * n->accumulators : 0;
+	uint64_t pool = POOL_SHARES * n->accumulators + (uint64_t)n_workers * n->largest_share;
+	char given[24], least[24];
+
+	if (c->partial_sum_memory)
+		pool = c->partial_sum_memory / sizeof(float) / LINE_FLOATS * LINE_FLOATS;
+	if (c->partial_sum_memory && pool < min_u64(all, n->largest_share))
+		return err_set(e, -ENOMEM,
+			       "shardmesh.partial_sum_memory: %s holds not even one sum of a unit's share, which is %s",
+			       bytes_text(c->partial_sum_memory, given),
+			       bytes_text(n->largest_share * sizeof(float), least));
+	p->pool_elements = min_u64(pool, all);
+	p->spill_elements = min_u64(all - p->pool_elements, depth * n->accumulators);
+	return 0;
+}
+
+int shard_plan_make(const struct job_config *c, const struct unit_table *t, const struct page_map *map, uint32_t member,
+		    uint32_t n_micro, uint32_t n_workers, bool mapped, struct shard_plan *out, struct err *e)
+{
+	struct shard_plan p = { 0 };
+	struct shard_need n;
+	char spill[24];
+	int rc;
+
+	count_owned(t, map, member, &n);
+	p.n_elements = n.owned;
+	rc = plan_sums(c, &n, n_micro, n_workers, &p, e);
+	if (rc)
+		return rc;
+	p.inbox_elements = mapped ? 0 : n.largest_share;
+	mem_plan_add(&p.mem, "parameters", PARAM_HEADER + n.owned * sizeof(float),
+		     "fp32 master and published copy in one");
+	mem_plan_add(&p.mem, "Adam m", n.owned * sizeof(float), "fp32");
+	mem_plan_add(&p.mem, "Adam v", n.owned * sizeof(float), "fp32");
+	mem_plan_add(&p.mem, "gradient accumulators", n.accumulators * sizeof(float), "one for every use of a page");
+	mem_plan_add(&p.mem, "partial sums", p.pool_elements * sizeof(float), "up to %s more in a spill file",
+		     bytes_text(p.spill_elements * sizeof(float), spill));
+	if (mapped)
+		mem_plan_add(&p.mem, "inboxes", 0, "gradients are folded in place");
+	else
+		mem_plan_add(&p.mem, "inboxes", n_workers * p.inbox_elements * sizeof(float),
+			     "one for each of %u workers", n_workers);
+	*out = p;
+	return 0;
+}
