@@ -92,7 +92,7 @@ struct coverage_offer {
 	struct tree_node node;
 	enum offer_state state;
 	enum offer_verdict verdict; /* answered: what coverage_next will say */
-	bool in_place, wanted;
+	bool in_place, wanted, eager;
 	bool covered;  /* pushing: its node is held by now */
 	uint32_t sum;  /* pushing: reserved for it, or COVERAGE_NO_SUM */
 	uint32_t next; /* in a list of slots */
@@ -104,8 +104,8 @@ struct coverage {
 	struct coverage_held held[COVERAGE_HELD_MAX]; /* by first */
 	struct coverage_offer *offer;                 /* slots, in the caller's memory, and three indices into them: */
 	uint32_t *by_id, *by_node, *eager;            /* all; not answered and not covered; those of them to act on */
-	uint32_t n_by_node, n_eager, n_wanted, n_reserved;
-	uint32_t free, answers, answers_last, pushed; /* lists of slots */
+	uint32_t n_by_node, n_eager, n_reserved;
+	uint32_t n_slots, free, answers, answers_last, pushed; /* slots ever used; lists of slots */
 	bool accumulator_used, root_told, closed;
 };
 
@@ -158,7 +158,7 @@ struct lease {
 
 /* ------------------------------------------------------------- coordinator */
 
-#define MEMBERS_MAX 512 /* that one view holds */
+#define MEMBERS_MAX 4096 /* of a job at once */
 enum member_role { ROLE_SHARD = 1, ROLE_WORKER, ROLE_COORDINATOR, ROLE_OBSERVER };
 
 struct coord_config {
