@@ -1,0 +1,352 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The program `worker`: what its files share. main.c: flags, signals, exit;
+ * prepare.c: from the job's config to planned memory; control.c: the control
+ * thread's view of steps, leases and spans; attach.c: shard services, their
+ * fabric and the map of their memory; copy.c: reading units where memory is not
+ * shared; push.c: gradients on their way to their owners; compute.c: the thread
+ * that computes.
+ *
+ * Two threads: the control thread owns everything here but struct compute's
+ * lower half. They talk by two rings and share no other state, apart from the
+ * memory that the messages hand over.
+ */
+#ifndef SHARDMESH_WORKER_PROCESS_H
+#define SHARDMESH_WORKER_PROCESS_H
+
+#include "kernels/kernels.h"
+#include "mesh/mesh.h"
+#include "model/model.h"
+#include "rdma/fabric.h"
+#include "worker/fetch.h"
+#include "worker/schedule.h"
+#include "worker/slices.h"
+
+#include <event2/event.h>
+#include <pthread.h>
+
+#define JOIN_TIMEOUT_NS 600000000000ull /* for the coordinator, then for all shard services */
+#define WAIT_WARN_NS 10000000000ull     /* a wait this long is said in the log, */
+#define WAIT_FAIL_NS 600000000000ull    /* and this long ends the worker */
+#define WAIT_SLICE_NS 20000000ull       /* a sleeper looks around this often */
+#define BUFFERS_MAX 8
+#define LEASES_MAX 16
+
+enum { WAIT_RECORD_CONTROL, WAIT_RECORD_COMPUTE, WAIT_RECORDS };
+
+struct worker_counters {
+	_Atomic uint64_t fetch_units, fetch_bytes, fetch_wait_ns;
+	_Atomic uint64_t offers, push_bytes, push_wait_ns;
+	_Atomic uint64_t spans, recalled;
+};
+
+static inline void count(_Atomic uint64_t *counter, uint64_t n)
+{
+	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* -------------------------------------------- between the two threads */
+
+enum task_kind {
+	TASK_SPAN,   /* compute `span` for `lease` */
+	TASK_CANCEL, /* stop `lease` at the next unit border */
+	TASK_USE,    /* copied: the units of `use` are there, at params */
+	TASK_FAILED, /* copied: `unit` cannot be had: status */
+	TASK_BUFFER, /* gradient buffer `buffer` is free again */
+	TASK_QUIT,
+};
+struct task {
+	enum task_kind kind;
+	uint64_t lease;
+	struct span span;
+	uint32_t n_micro; /* of the step, or of the evaluation */
+	uint16_t branch;
+	uint32_t use, unit, buffer;
+	int status;
+	const float *params[2];
+};
+
+enum report_kind {
+	REPORT_USED,  /* copied: done with `use` */
+	REPORT_OFFER, /* the gradient of (unit, part) is final in `buffer` */
+	REPORT_NEED,  /* a buffer is waited for */
+	REPORT_END,   /* the span ended: status, loss */
+};
+struct report {
+	enum report_kind kind;
+	uint64_t lease;
+	uint32_t use, unit, part, buffer;
+	/* the end */
+	int status; /* 0; -ECANCELED; -ESTALE: unit was newer at `peer`; -Exxx */
+	uint32_t peer;
+	double loss;
+	uint64_t compute_ns, fetch_ns, push_ns;
+};
+
+struct worker;
+
+struct compute {
+	struct worker *w;
+	pthread_t thread;
+	bool started;
+	struct ring in;  /* struct task */
+	struct ring out; /* struct report */
+	struct net net;
+	struct arena activations;
+	struct arena workspace;
+	struct use *uses[2]; /* evaluation, training */
+	uint32_t n_uses[2];
+	/* from here on the compute thread's own */
+	struct task now;
+	bool busy, cancelled, quit;
+	uint32_t uses_there;
+	const float *(*use_params)[2];
+	uint32_t free_buffers; /* bit set */
+	int failed;
+	uint32_t failed_unit, failed_peer;
+	uint64_t fetch_ns, push_ns;
+};
+
+/* ------------------------------------------------------ shard services */
+
+struct peer {
+	struct worker *w;
+	uint32_t index, member;
+	char name[96];
+	struct conn *conn;
+	struct fab_ep *ep;
+	bool fabric_up, have_regions, ours_attached, theirs_attached, lost;
+	struct fab_blob parameters_blob, inbox_blob;
+	struct fab_remote *parameters, *inbox;
+	const struct fab_progress *progress; /* mapped */
+	/* copied: the progress word as last read */
+	uint64_t word, word_again_ns;
+	bool word_reading;
+	/* push mode: the one offer being written */
+	struct offer *writing;
+	uint32_t writes, next_slice;
+};
+
+struct attach {
+	uint32_t n_peers, n_attached;
+	struct peer *peer;
+	uint32_t *n_owners; /* [n_units] */
+	uint32_t *owner;    /* [n_units][n_peers]: indices of peers that own runs */
+	uint8_t *view;      /* mapped: reserved address space, units back to back */
+	uint64_t view_bytes;
+	float **unit; /* mapped: [n_units], inside view */
+	bool ready_sent;
+};
+
+/* ---------------------------------------------------------------- copying */
+
+struct copy_unit {
+	bool active;
+	uint64_t offset;  /* elements, in the window */
+	uint32_t owner;   /* how many owners were posted whole */
+	uint32_t segment; /* of the present one's share */
+	uint64_t byte;    /* of the segment */
+	uint32_t reads;   /* in flight */
+	int status;
+};
+
+struct copier {
+	struct fetch fetch;
+	uint64_t *unit_elements;
+	struct fab_region *window, *words;
+	struct copy_unit *unit;
+	uint32_t *queue; /* units being read, oldest first */
+	uint32_t n_queue, reads;
+	struct event *retry;
+	_Atomic uint32_t waits_for; /* member id of the owner the oldest read waits for; 0: none */
+};
+
+/* ---------------------------------------------------------------- pushing */
+
+#define PUSH_STAGING_SLOTS 8
+#define PUSH_STAGING_BYTES ((uint64_t)PUSH_STAGING_SLOTS * SLICE_BYTES)
+
+enum offer_progress { OFFER_NONE, OFFER_OUT, OFFER_MAY_WRITE, OFFER_WRITING, OFFER_WRITTEN };
+struct offer {
+	uint64_t id;
+	enum offer_progress progress;
+	bool wanted, answered;
+	uint32_t buffer, slices, imm;
+};
+
+struct gradient_buffer {
+	bool busy, withdrawn;
+	uint32_t unit, part, outstanding;
+	uint64_t sequence;
+};
+
+struct push {
+	struct fab_region *region, *staging;
+	uint32_t n_buffers;
+	uint64_t elements; /* of one buffer */
+	uint64_t step;
+	struct tree_node node;
+	struct gradient_buffer buffer[BUFFERS_MAX];
+	struct offer *offer; /* [n_buffers][n_peers] */
+	uint64_t next_id, next_sequence;
+	uint32_t staging_free; /* bit set */
+};
+
+/* ------------------------------------------------------------------ spans */
+
+struct granted_lease {
+	uint64_t id, step;
+	enum lease_kind kind;
+	struct tree_node node;
+	uint32_t n_leaves, n_micro; /* micro-batches of the span; of the whole kind */
+};
+
+struct span_state {
+	bool active;    /* from TASK_SPAN to SPAN_DONE */
+	bool ended;     /* the compute thread is through with it */
+	bool cancelled; /* recalled, or its step is over */
+	bool stale;     /* it found newer parameters; is its step over? */
+	struct granted_lease lease;
+	struct report end;
+	uint64_t push_since_ns;
+};
+
+struct worker {
+	struct log log;
+	struct mesh_self self;
+	struct member_link *link;
+	struct metrics metrics;
+	struct wait_record waits[WAIT_RECORDS];
+	struct worker_counters counters;
+	const char *endpoint; /* --rdzv-endpoint */
+	unsigned threads;     /* --threads; 0: the config's */
+
+	bool prepared;
+	uint32_t n_shards, n_workers;
+	struct job_config config;
+	struct batch_plan batch;
+	struct unit_table table;
+	struct page_map map;
+	bool have_map;
+	struct worker_plan plan;
+	struct k_profile profile;
+	struct data_set *data;
+
+	const struct fab_ops *fabric;
+	struct fab *fab;
+	struct event *fab_event;
+	bool pumping;
+
+	struct attach attach;
+	struct copier copier;
+	struct push push;
+	struct compute compute;
+	struct event *compute_event;
+
+	uint64_t open_step;
+	uint32_t n_micro, n_eval;
+	struct span_state span;
+	struct granted_lease queued[LEASES_MAX];
+	uint32_t n_queued;
+	struct event *stale_timer, *end_timer;
+
+	bool over;
+	uint32_t exit_code;
+	char exit_text[512];
+};
+
+/* ------------------------------------------------------------- prepare.c */
+
+/* WELCOME: everything up to the compute thread. 0, or -Exxx with e. */
+int prepare(struct worker *w, const struct msg_welcome *m, struct err *e);
+void prepare_release(struct worker *w);
+/* What was planned against what was used. */
+void prepare_report(struct worker *w);
+
+/* ------------------------------------------------------------- control.c */
+
+int control_open(struct worker *w, struct err *e);
+void control_release(struct worker *w);
+/* The compute thread's reports wake the loop; call before it is started. */
+int control_watch_compute(struct worker *w, struct err *e);
+/* The worker cannot go on: tells the coordinator, and ends soon if it says nothing. */
+void control_fail(struct worker *w, uint32_t exit_code, const char *fmt, ...) PRINTF_LIKE(3, 4);
+/* The loop ends with this. The first one counts. */
+void control_end(struct worker *w, uint32_t exit_code, const char *text);
+/* All shard services are attached: tell the coordinator. */
+void control_ready(struct worker *w);
+/* Something of the span was answered: is it over? */
+void control_span_check(struct worker *w);
+void control_task(struct worker *w, const struct task *t);
+
+/* -------------------------------------------------------------- attach.c */
+
+/* The member table holds all shard services: the page map, and connections to them. */
+int attach_open(struct worker *w, const struct member_table *t, struct err *e);
+void attach_release(struct worker *w);
+/* Fabric events until there are none, and what follows from them. Call after anything that may have posted. */
+void attach_pump(struct worker *w);
+/* The peer is of no use any more: unless the coordinator ends the job, the worker gives up. */
+void attach_lost(struct peer *p, const char *text);
+static inline const uint32_t *attach_owners(const struct attach *a, uint32_t unit)
+{
+	return a->owner + (size_t)unit * a->n_peers;
+}
+
+/* ---------------------------------------------------------------- copy.c */
+
+int copy_open(struct worker *w, struct err *e);
+void copy_release(struct worker *w);
+void copy_begin(struct worker *w, const struct granted_lease *l);
+void copy_cancel(struct worker *w);
+/* Takes up what the state machine wants, and posts what may be posted. */
+void copy_run(struct worker *w);
+void copy_event(struct worker *w, const struct fab_event *ev);
+
+/* ---------------------------------------------------------------- push.c */
+
+int push_open(struct worker *w, struct err *e);
+/* The shard services are known. */
+int push_attach(struct worker *w);
+void push_release(struct worker *w);
+void push_begin(struct worker *w, const struct granted_lease *l);
+void push_offer(struct worker *w, const struct report *r);
+/* The compute thread needs a buffer. */
+void push_need(struct worker *w);
+/* The span is at its end: all buffers are wanted back; or it was cancelled: withdrawn. */
+void push_end(struct worker *w, bool withdraw);
+bool push_idle(const struct worker *w);
+int push_answer(struct peer *p, const struct msg_answer *m);
+/* Posts what was granted. */
+void push_run(struct worker *w);
+void push_event(struct worker *w, const struct fab_event *ev);
+
+/* ------------------------------------------------------------- compute.c */
+
+/* Activations, workspace and stream; net.cfg is set. */
+int compute_open(struct worker *w, struct err *e);
+int compute_start(struct compute *c, struct err *e);
+/* False: it did not end within two seconds (it is in the middle of a product). */
+bool compute_stop(struct compute *c);
+void compute_release(struct compute *c);
+
+/* fab_op.user: what a completion is of. */
+enum op_kind { OP_WORD = 1, OP_UNIT, OP_WRITE };
+static inline uint64_t op_user(enum op_kind kind, uint32_t a, uint32_t b)
+{
+	return (uint64_t)kind << 56 | (uint64_t)(a & 0xffffffu) << 32 | b;
+}
+static inline enum op_kind op_kind(uint64_t user)
+{
+	return (enum op_kind)(user >> 56);
+}
+static inline uint32_t op_a(uint64_t user)
+{
+	return user >> 32 & 0xffffffu;
+}
+static inline uint32_t op_b(uint64_t user)
+{
+	return (uint32_t)user;
+}
+
+#endif
