@@ -39,10 +39,10 @@ enum fab_access {
 };
 
 struct fab_region_attr {
-	const char *name;       /* "parameters": in logs and /proc */
+	const char *name; /* "parameters": in logs and /proc */
 	enum fab_memory memory;
-	int device;             /* of FAB_CUDA */
-	uint64_t bytes;         /* rounded up to the memory's page size */
+	int device;     /* of FAB_CUDA */
+	uint64_t bytes; /* rounded up to the memory's page size */
 	enum fab_access access;
 };
 
@@ -59,8 +59,8 @@ struct fab_op {
 	struct fab_region *local;
 	uint64_t local_offset;
 	uint64_t bytes;
-	uint64_t user;  /* comes back with the completion */
-	uint32_t imm;   /* writes: the notice's value */
+	uint64_t user; /* comes back with the completion */
+	uint32_t imm;  /* writes: the notice's value */
 };
 
 enum fab_event_type {
@@ -73,9 +73,9 @@ enum fab_event_type {
 };
 struct fab_event {
 	enum fab_event_type type;
-	int status;      /* 0 or -Exxx */
+	int status; /* 0 or -Exxx */
 	struct fab_ep *ep;
-	uint64_t user;   /* READ, WRITE: the operation's; else what connect or address was given */
+	uint64_t user; /* READ, WRITE: the operation's; else what connect or address was given */
 	uint32_t imm;
 };
 
@@ -86,13 +86,13 @@ struct fab_counters {
 
 struct fab_config {
 	struct log *log;
-	const char *job;     /* names what we create */
-	uint32_t member;     /* our member id */
+	const char *job; /* names what we create */
+	uint32_t member; /* our member id */
 };
 
 struct fab_ops {
 	const char *name;
-	bool maps;           /* fab_map works: memory of a peer can be used in place */
+	bool maps; /* fab_map works: memory of a peer can be used in place */
 	int (*open)(const struct fab_config *cfg, struct fab **out, struct err *e);
 	void (*close)(struct fab *f);
 

@@ -345,7 +345,7 @@ static int dial(struct fab *f, const struct local_where *a, int *out, pid_t *pid
 int local_connect(struct fab *f, const struct fab_blob *address, uint64_t user, struct fab_ep **out)
 {
 	struct local_where a;
-	struct fab_ep *ep;
+	struct fab_ep *ep = NULL;
 	pid_t pid = 0;
 	int sock = -1, ret;
 
@@ -362,6 +362,7 @@ int local_connect(struct fab *f, const struct fab_blob *address, uint64_t user, 
 		close(sock);
 		return ret;
 	}
+	assert(ep);
 	ep->user = user;
 	memcpy(ep->key, a.key, sizeof(ep->key));
 	ret = say_hello(ep);

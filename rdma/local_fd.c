@@ -83,7 +83,7 @@ int local_memfd_check(int fd, uint64_t bytes)
 int local_proof_create(int *out)
 {
 	uint8_t bytes[PROOF_BYTES];
-	int fd, ret;
+	int fd = -1, ret;
 
 	ret = local_random(bytes, sizeof(bytes));
 	if (ret)

@@ -52,6 +52,34 @@ static void keys_are_good_once(void **state)
 	pair_close(&p);
 }
 
+/* Many addresses are out at once; each is good for its own connection, in any order, and none for a second. */
+static void addresses_do_not_mix(void **state)
+{
+	static const uint8_t order[] = { 2, 0, 4, 1, 3 };
+	struct fab_blob address[ARRAY_LEN(order)], zero;
+	struct fab_event ea, eb;
+	uint64_t errors = 0;
+	struct pair p;
+
+	(void)state;
+	pair_open(&p, "local");
+	for (uint32_t i = 0; i < ARRAY_LEN(order); i++)
+		assert_int_equal(p.ops->address(p.b, 100 + i, &address[i]), 0);
+	zero = address[0];
+	memset(zero.data + offsetof(struct local_where, key), 0, LOCAL_KEY_BYTES);
+	for (uint32_t i = 0; i < ARRAY_LEN(order); i++) {
+		assert_int_equal(p.ops->connect(p.a, &address[order[i]], 200 + i, &p.ab), 0);
+		both_events(&p, &ea, &eb);
+		assert_int_equal(ea.user, 200 + i);
+		assert_int_equal(eb.type, FAB_EV_ACCEPTED);
+		assert_int_equal(eb.user, 100 + order[i]);
+		refused_with(&p, &zero, ++errors);
+		for (uint32_t k = 0; k <= i; k++)
+			refused_with(&p, &address[order[k]], ++errors);
+	}
+	pair_close(&p);
+}
+
 static void refusals_are_logged(void **state)
 {
 	struct pair p = { .ops = fab_provider("local") };
@@ -420,6 +448,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(keys_are_good_once),
+		cmocka_unit_test(addresses_do_not_mix),
 		cmocka_unit_test(refusals_are_logged),
 		cmocka_unit_test(bad_addresses_are_refused_at_once),
 		cmocka_unit_test(the_oldest_unused_address_is_forgotten),

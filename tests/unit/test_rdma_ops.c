@@ -394,6 +394,27 @@ static void disconnect_drops_what_is_in_flight(void **state)
 	pair_close(&t.p);
 }
 
+/* Notices that were taken from the socket and not handed out end with their endpoint. */
+static void disconnect_drops_notices_not_taken(void **state)
+{
+	struct fab_op op[3];
+	struct fab_event ev[3];
+	struct bench t;
+
+	bench_open(&t, state, PAGE);
+	for (uint32_t i = 0; i < 3; i++)
+		op[i] = write_op(&t, 8 * (uint64_t)i, 8, i);
+	assert_int_equal(t.ops->write_notify(t.p.ab, op, 3), 0);
+	assert_int_equal(t.ops->poll(t.p.a, ev, 3), 3);
+	assert_int_equal(next_event(t.ops, t.p.b).imm, 0);
+	assert_false(t.ops->arm(t.p.b));
+	t.ops->disconnect(t.p.ba);
+	assert_true(t.ops->arm(t.p.b));
+	no_event(t.ops, t.p.b);
+	assert_int_equal(t.ops->counters(t.p.b)->notices, 1);
+	pair_close(&t.p);
+}
+
 /* A progress word is read whole, and what it announces is there for the next read. */
 static void a_word_is_read_before_its_page(void **state)
 {
@@ -438,6 +459,7 @@ int main(void)
 		BOTH(the_end_comes_after_all_completions),
 		BOTH(notices_come_before_the_end),
 		BOTH(disconnect_drops_what_is_in_flight),
+		BOTH(disconnect_drops_notices_not_taken),
 		BOTH(a_word_is_read_before_its_page),
 	};
 
