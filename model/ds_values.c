@@ -398,7 +398,7 @@ int ds_read_math(struct ds_parse *p, const struct json_path *path, const json_t 
 
 int ds_read_run_dir(struct ds_parse *p, const struct json_path *path, const json_t *v)
 {
-	char *dir;
+	char *dir = NULL;
 	int rc = read_path(p, path, v, &dir);
 
 	if (rc)

@@ -31,7 +31,8 @@ void control_end(struct worker *w, uint32_t exit_code, const char *text)
 		return;
 	w->over = true;
 	w->exit_code = exit_code;
-	snprintf(w->exit_text, sizeof(w->exit_text), "%s", text);
+	if (text != w->exit_text)
+		snprintf(w->exit_text, sizeof(w->exit_text), "%s", text);
 	event_base_loopbreak(w->self.base);
 }
 
