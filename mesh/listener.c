@@ -101,6 +101,19 @@ static bool is_every_address(const struct sockaddr_storage *sa)
 	return ((const struct sockaddr_in *)sa)->sin_addr.s_addr == htonl(INADDR_ANY);
 }
 
+/* This host's name, if it leads anywhere; containers often have one that nobody knows. */
+static bool host_name(char *out, size_t bytes)
+{
+	struct addrinfo *list;
+	struct endpoint ep = { .port = "0" };
+
+	if (gethostname(ep.host, sizeof(ep.host) - 1) < 0 || endpoint_resolve(&ep, false, &list, NULL) < 0)
+		return false;
+	freeaddrinfo(list);
+	snprintf(out, bytes, "%s", ep.host);
+	return true;
+}
+
 static int name_endpoint(struct conn_listener *l, int fd)
 {
 	struct sockaddr_storage sa;
@@ -110,11 +123,12 @@ static int name_endpoint(struct conn_listener *l, int fd)
 	if (getsockname(fd, (struct sockaddr *)&sa, &n) < 0)
 		return -errno;
 	endpoint_text((const struct sockaddr *)&sa, l->endpoint, sizeof(l->endpoint));
-	if (is_every_address(&sa) && gethostname(host, sizeof(host)) == 0) {
-		host[sizeof(host) - 1] = 0;
-		/* sin_port and sin6_port lie at the same place. */
-		snprintf(l->endpoint, sizeof(l->endpoint), "%s:%u", host, ntohs(((struct sockaddr_in *)&sa)->sin_port));
-	}
+	if (!is_every_address(&sa))
+		return 0;
+	if (!host_name(host, sizeof(host)))
+		snprintf(host, sizeof(host), "%s", sa.ss_family == AF_INET6 ? "[::1]" : "127.0.0.1");
+	/* sin_port and sin6_port lie at the same place. */
+	snprintf(l->endpoint, sizeof(l->endpoint), "%s:%u", host, ntohs(((struct sockaddr_in *)&sa)->sin_port));
 	return 0;
 }
 
