@@ -112,11 +112,14 @@ struct k_embed_backward {
 /*
  * LayerNorm (Ba et al. 2016), optionally behind a residual addition:
  * sum = x + dropout(branch) when branch is given (sum is written, may alias x),
- * else sum = x; y = (sum - mean) * rstd * gamma + beta.
+ * else sum = x; y = (sum - mean) * rstd * gamma + beta. With rms (RMSNorm, Zhang
+ * & Sennrich 2019) the mean is 0 and not written, and there is no beta:
+ * y = sum * rstd * gamma with rstd = 1 / sqrt(mean of squares + eps).
  */
 struct k_norm {
 	uint32_t n_mb, rows, cols; /* rows of one micro-batch */
 	float eps;
+	bool rms;
 	const float *x;
 	const float *branch;       /* or NULL */
 	struct k_dropout dropout;  /* of branch */
@@ -133,6 +136,7 @@ struct k_norm {
  */
 struct k_norm_backward {
 	uint32_t n_mb, rows, cols;
+	bool rms;                  /* mean, beta and dbeta are not looked at */
 	const float *x;            /* the normalised input: `sum` of the forward */
 	const float *mean, *rstd, *gamma;
 	const float *dy;
@@ -170,11 +174,12 @@ struct k_linear {
  * dx = (dy W^T) for each micro-batch, times act'(pre_in) when act_in is not
  * NONE (pre_in: the input layer's value before its activation). dw, db: the
  * span's sums along the tree, tile by tile, partial sums in workspace.
- * dx, dw, db may each be NULL. Overwrites. dx must not alias dy.
+ * dx, dw, db may each be NULL. Overwrites; with dx_add the product is added to
+ * what dx holds (no act_in then). dx must not alias dy.
  */
 struct k_linear_backward {
 	uint32_t n_mb, rows, in, out;
-	bool w_out_in;
+	bool w_out_in, dx_add;
 	const float *x, *w, *dy;
 	float *dx, *dw, *db;
 	enum k_activation act_in;
@@ -182,15 +187,61 @@ struct k_linear_backward {
 };
 
 /*
+ * Per head of each row: RMSNorm over head_dim where gamma is given (Qwen3), then
+ * rotary position embedding (Su et al. 2021) in Hugging Face's half-split form:
+ * elements i and i + rot/2 of the head's first rot are turned by the angle whose
+ * cosine and sine the table has for the row's position; the rest is copied.
+ * Row r of a micro-batch is at position first_position + r mod seq. out may
+ * alias x unless gamma is given.
+ */
+struct k_rotary {
+	uint32_t n_mb, rows, seq, first_position;
+	uint32_t heads, head_dim, rot; /* rot even, at most head_dim; 0: no rotation */
+	const float *cos, *sin;        /* [positions][rot / 2] */
+	const float *gamma;            /* [head_dim] or NULL */
+	float eps;
+	const float *x;                /* [n_mb][rows][heads * head_dim] */
+	float *out;
+	float *rstd;                   /* [n_mb][rows][heads]; NULL without gamma or backward */
+};
+
+/* dx may alias dout. dgamma: the span's sum along the tree; a leaf sums rows, then heads, in order. */
+struct k_rotary_backward {
+	struct k_rotary fwd;           /* x and rstd as in the forward where gamma is given */
+	const float *dout;
+	float *dx;
+	float *dgamma;                 /* NULL without gamma */
+};
+
+/* y = act(gate) * up (Shazeer 2020); all [n_mb][rows][cols]; y may alias neither. */
+struct k_glu {
+	uint32_t n_mb, rows, cols;
+	enum k_activation act;
+	const float *gate, *up;
+	float *y;
+};
+/* dgate may alias gate's buffer, dup up's; either may alias dy. */
+struct k_glu_backward {
+	struct k_glu fwd;              /* y is not looked at */
+	const float *dy;
+	float *dgate, *dup;
+};
+
+/*
  * Causal softmax(q k^T * scale) v for samples independently (flash-style, no
  * seq x seq matrix beyond a block of rows). Query i sits at position
  * kv_len - q_len + i and sees keys 0..that. q, k, v and out are rows of
  * *_stride floats; head h at column h * head_dim; query head h uses kv head
- * h / (heads / kv_heads). lse [samples][heads][q_len] may be NULL.
+ * h / (heads / kv_heads). lse [samples][heads][q_len] may be NULL. A query sees
+ * at most the last `window` keys, itself included (0: all), and none before its
+ * document's first position where `first_key` is given: packed documents do not
+ * see each other.
  */
 struct k_attention {
 	uint32_t n_mb, batch;        /* samples = n_mb * batch */
 	uint32_t q_len, kv_len, heads, kv_heads, head_dim;
+	uint32_t window;
+	const uint32_t *first_key;   /* [samples][q_len], ascending within a sample; or NULL */
 	float scale;
 	const float *q, *k, *v;
 	size_t q_stride, k_stride, v_stride, out_stride; /* floats between rows */
@@ -308,6 +359,10 @@ struct k_ops {
 	void (*residual)(struct k_stream *s, const struct k_residual *a);
 	void (*linear)(struct k_stream *s, const struct k_linear *a);
 	void (*linear_backward)(struct k_stream *s, const struct k_linear_backward *a);
+	void (*rotary)(struct k_stream *s, const struct k_rotary *a);
+	void (*rotary_backward)(struct k_stream *s, const struct k_rotary_backward *a);
+	void (*glu)(struct k_stream *s, const struct k_glu *a);
+	void (*glu_backward)(struct k_stream *s, const struct k_glu_backward *a);
 	void (*attention)(struct k_stream *s, const struct k_attention *a);
 	void (*attention_backward)(struct k_stream *s, const struct k_attention_backward *a);
 	void (*xent)(struct k_stream *s, const struct k_xent *a);
