@@ -149,7 +149,7 @@ int run_dir_open(struct run_dir *r, const char *path, const char *job, const uin
 		return say(e, -ENAMETOOLONG, path);
 	rc = make_dirs(path, e);
 	if (rc < 0)
-		return err_prefix(e, "run directory");
+		return err_prefix(e, "run directory %s", path);
 	rc = lock(r, e);
 	if (rc == 0)
 		rc = refuse_other_job(r, e);
