@@ -158,21 +158,9 @@ static int read_not_built(struct ds_parse *p, const struct ds_key *k, const stru
 			 json_words(v, words));
 }
 
-static int read_value(struct ds_parse *p, const struct ds_key *k, const struct json_path *path, const json_t *v)
+/* A value that goes into the config, by the key's reader or by its type. */
+static int read_used(struct ds_parse *p, const struct ds_key *k, const struct json_path *path, const json_t *v)
 {
-	char where[JSON_PATH_MAX];
-	int rc;
-
-	switch (k->use) {
-	case DS_NO_EFFECT:
-		rc = json_is_auto(v) ? 0 : read_typed(p, k, path, v);
-		return rc ? rc : add_note(p, "%s: no effect here: %s", json_path_text(path, where), k->text);
-	case DS_NOT_BUILT:
-		return read_not_built(p, k, path, v);
-	case DS_USED:
-	case DS_ALIAS:
-		break;
-	}
 	if (k->read)
 		return k->read(p, path, v);
 	if (!json_is_auto(v))
@@ -181,6 +169,19 @@ static int read_value(struct ds_parse *p, const struct ds_key *k, const struct j
 		return 0;
 	return json_fail(&p->doc, path, p->e,
 			 "\"auto\" is filled in by Hugging Face's Trainer, which is not here; give a value");
+}
+
+static int read_value(struct ds_parse *p, const struct ds_key *k, const struct json_path *path, const json_t *v)
+{
+	char where[JSON_PATH_MAX];
+	int rc;
+
+	if (k->use == DS_NOT_BUILT)
+		return read_not_built(p, k, path, v);
+	rc = read_used(p, k, path, v);
+	if (!rc && k->text)
+		rc = add_note(p, "%s: no effect here: %s", json_path_text(path, where), k->text);
+	return rc;
 }
 
 /* ----------------------------------------------------------------- the walk */

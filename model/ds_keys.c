@@ -19,9 +19,12 @@
 #define BOOL(path, f, automatic) { path, DS_BOOL, DS_USED, NULL, NULL, 0, 0, FIELD(f), automatic, NULL }
 #define UINT(path, f, min, max, automatic) { path, DS_UINT, DS_USED, NULL, NULL, min, max, FIELD(f), automatic, NULL }
 #define REAL(path, f, min, max, automatic) { path, DS_REAL, DS_USED, NULL, NULL, min, max, FIELD(f), automatic, NULL }
+/* Stored for the sake of a whole struct, with no effect: `why` becomes a note. */
+#define NOTED_BOOL(path, f, why) { path, DS_BOOL, DS_USED, why, NULL, 0, 0, FIELD(f), DS_AUTO_DEFAULT, NULL }
+#define NOTED_UINT(path, f, why) { path, DS_UINT, DS_USED, why, NULL, 0, 0, FIELD(f), DS_AUTO_DEFAULT, NULL }
 #define READ(path, fn) { path, DS_ANY, DS_USED, NULL, NULL, 0, 0, 0, 0, DS_AUTO_REFUSED, fn }
 /* A width-dependent default: stored in the field, "auto" noted by the reader. */
-#define WIDTH(path, f) { path, DS_UINT, DS_USED, NULL, NULL, 0, 0, FIELD(f), DS_AUTO_DEFAULT, ds_read_width_default }
+#define WIDTH(path, f, why) { path, DS_UINT, DS_USED, why, NULL, 0, 0, FIELD(f), DS_AUTO_DEFAULT, ds_read_width_default }
 #define ALIAS(path, type, of) { path, type, DS_ALIAS, of, NULL, 0, 0, 0, 0, DS_AUTO_REFUSED, NULL }
 #define INERT(path, type, why) { path, type, DS_NO_EFFECT, why, NULL, 0, 0, 0, 0, DS_AUTO_DEFAULT, NULL }
 #define UNBUILT(path, type, off, what) { path, type, DS_NOT_BUILT, what, off, 0, 0, 0, 0, DS_AUTO_DEFAULT, NULL }
@@ -32,6 +35,7 @@
 #define NO_COLLECTIVE "there are no collectives: units are read one-sided and gradients are pushed to their owners"
 #define STAGE12 "it belongs to stages 1 and 2"
 #define WHOLE_UNITS "what is fetched at once is a whole transformer block"
+#define NO_PERSISTENCE "small tensors travel with their unit, in one read"
 #define LOGS "every step's numbers are in steps.jsonl, times and waits in meshctl status"
 #define TRAINING_ONLY "it belongs to a feature that is off"
 #define NO_TORCH "it chooses between PyTorch implementations"
@@ -46,13 +50,15 @@ const struct ds_key ds_keys[] = {
 	/* ZeRO */
 	SECTION("zero_optimization"),
 	READ("zero_optimization.stage", ds_read_stage),
-	BOOL("zero_optimization.contiguous_gradients", zero.contiguous_gradients, DS_AUTO_DEFAULT),
+	NOTED_BOOL("zero_optimization.contiguous_gradients", zero.contiguous_gradients,
+		   "a unit's gradient is always one flat vector"),
 	INERT("zero_optimization.reduce_scatter", DS_BOOL, NO_COLLECTIVE),
-	WIDTH("zero_optimization.reduce_bucket_size", zero.reduce_bucket_size),
+	WIDTH("zero_optimization.reduce_bucket_size", zero.reduce_bucket_size, "gradients travel unit by unit"),
 	INERT("zero_optimization.use_multi_rank_bucket_allreduce", DS_BOOL, STAGE12),
 	INERT("zero_optimization.allgather_partitions", DS_BOOL, STAGE12),
 	INERT("zero_optimization.allgather_bucket_size", DS_UINT, STAGE12),
-	BOOL("zero_optimization.overlap_comm", zero.overlap_comm, DS_AUTO_DEFAULT),
+	NOTED_BOOL("zero_optimization.overlap_comm", zero.overlap_comm,
+		   "fetches and pushes always run beside computation"),
 	INERT("zero_optimization.load_from_fp32_weights", DS_BOOL, "the master weights are the weights"),
 	INERT("zero_optimization.elastic_checkpoint", DS_BOOL, "DeepSpeed's stage 3 does not support it either"),
 	SECTION("zero_optimization.offload_param"),
@@ -75,15 +81,17 @@ const struct ds_key ds_keys[] = {
 	INERT("zero_optimization.offload_optimizer.super_offload", DS_BOOL, NO_OFFLOAD),
 	INERT("zero_optimization.offload_optimizer.cpuadam_cores_perc", DS_REAL, NO_OFFLOAD),
 	UNBUILT("zero_optimization.zenflow", DS_ANY, "", "ZenFlow"),
-	UINT("zero_optimization.sub_group_size", zero.sub_group_size, 1, 0, DS_AUTO_DEFAULT),
-	WIDTH("zero_optimization.stage3_prefetch_bucket_size", zero.stage3_prefetch_bucket_size),
-	WIDTH("zero_optimization.stage3_param_persistence_threshold", zero.stage3_param_persistence_threshold),
-	UINT("zero_optimization.stage3_model_persistence_threshold", zero.stage3_model_persistence_threshold, 0, 0,
-	     DS_AUTO_DEFAULT),
+	NOTED_UINT("zero_optimization.sub_group_size", zero.sub_group_size, "Adam runs unit by unit"),
+	WIDTH("zero_optimization.stage3_prefetch_bucket_size", zero.stage3_prefetch_bucket_size, NULL),
+	WIDTH("zero_optimization.stage3_param_persistence_threshold", zero.stage3_param_persistence_threshold,
+	      NO_PERSISTENCE),
+	NOTED_UINT("zero_optimization.stage3_model_persistence_threshold", zero.stage3_model_persistence_threshold,
+		   NO_PERSISTENCE),
 	UINT("zero_optimization.stage3_max_live_parameters", zero.stage3_max_live_parameters, 0, 0, DS_AUTO_DEFAULT),
 	UINT("zero_optimization.stage3_max_reuse_distance", zero.stage3_max_reuse_distance, 0, 0, DS_AUTO_DEFAULT),
-	BOOL("zero_optimization.stage3_gather_16bit_weights_on_model_save",
-	     zero.stage3_gather_16bit_weights_on_model_save, DS_AUTO_DEFAULT),
+	NOTED_BOOL("zero_optimization.stage3_gather_16bit_weights_on_model_save",
+		   zero.stage3_gather_16bit_weights_on_model_save,
+		   "model/ is always written whole, in fp32, and never gathered in one process"),
 	INERT("zero_optimization.stage3_gather_fp16_weights_on_model_save", DS_BOOL,
 	      "DeepSpeed ignores this old name; model/ is always written whole"),
 	INERT("zero_optimization.stage3_module_granularity_threshold", DS_UINT, WHOLE_UNITS),

@@ -18,7 +18,7 @@ enum ds_type {
 
 /* What setting a key does here. */
 enum ds_use {
-	DS_USED,      /* stored in struct job_config */
+	DS_USED,      /* stored in struct job_config; with a `text` it is a note all the same */
 	DS_NO_EFFECT, /* checked for its type, listed as a note with the reason */
 	DS_NOT_BUILT, /* refused, unless it has a value that asks for nothing */
 	DS_ALIAS,     /* another name: `text` is the key it stands for */

@@ -94,7 +94,7 @@ static int find_key(const struct json_doc *d, const struct json_path *at, const 
 	*value = v ? v : w;
 	if (v && w && !json_equal(v, w))
 		return json_fail(d, &path, e, "means the same as %s, which is given another value", k->name);
-	if (*value && json_is_null(*value))
+	if (json_is_null(*value))
 		*value = NULL;
 	return 0;
 }
