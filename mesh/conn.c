@@ -30,6 +30,7 @@
 #include <event2/buffer.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -53,12 +54,22 @@ static void on_event(struct bufferevent *bev, short what, void *ctx);
 
 /* ---------------------------------------------------------------- lifetime */
 
+/* libevent writes without MSG_NOSIGNAL, and a peer that has gone must not end the program. */
+static void ignore_sigpipe(void)
+{
+	struct sigaction sa;
+
+	if (sigaction(SIGPIPE, NULL, &sa) == 0 && !(sa.sa_flags & SA_SIGINFO) && sa.sa_handler == SIG_DFL)
+		signal(SIGPIPE, SIG_IGN);
+}
+
 static int conn_new(struct mesh_self *self, struct conn **out)
 {
 	struct conn *c = calloc(1, sizeof(*c));
 
 	if (!c)
 		return -ENOMEM;
+	ignore_sigpipe();
 	c->self = self;
 	c->timer = event_new(self->base, -1, 0, on_timer, c);
 	if (!c->timer) {

@@ -421,7 +421,10 @@ struct conn_ops {
 	void (*closed)(struct conn *c, int status, const char *text, void *ctx);
 };
 
-/* Starts to connect to "host:port", again and again until deadline_ns. The connection is freed after closed(). */
+/*
+ * Starts to connect to "host:port", again and again until deadline_ns. The connection is freed after closed(). Any
+ * connection makes the process ignore SIGPIPE, unless it handles it.
+ */
 int conn_connect(struct mesh_self *self, const char *endpoint, uint64_t deadline_ns, const struct conn_ops *ops, void *ctx,
 		 struct conn **out, struct err *e);
 /* Encodes, frames and queues. -EMSGSIZE, -EPIPE; -ENOBUFS when the peer does not read. */
