@@ -17,9 +17,9 @@
  * It cannot lock up. A demand is only ever the lowest use not started, so all
  * that is pinned then is the use itself; everything else gives way at once or,
  * being read, when it has arrived, and nothing else is started meanwhile. If
- * the use's own units are in each other's way they give way too and are placed
- * anew from the window's start, where they fit, the window being as large as
- * the largest use. Reads end by themselves: an owner's progress does not depend
+ * the use's own units are in each other's way, all that is there gives way and
+ * they are placed anew from the window's start, where they fit, the window
+ * being as large as the largest use. Reads end by themselves: an owner's progress does not depend
  * on this worker.
  */
 #include "worker/fetch.h"
@@ -273,9 +273,9 @@ static bool place(struct fetch *f, uint32_t unit, uint64_t *at)
 		return true;
 	if (use > f->pos || any_reading(f))
 		return false;
-	/* Only the use's own units are left, and in each other's way. */
-	for (uint32_t i = 0; i < f->uses[use].n; i++)
-		f->unit[f->uses[use].unit[i]].state = FETCH_ABSENT;
+	/* The use's own units are in each other's way: they are placed anew, in an empty window. */
+	for (uint32_t i = 0; i < f->cfg.n_units; i++)
+		f->unit[i].state = FETCH_ABSENT;
 	return make_room(f, use, n, at);
 }
 
@@ -313,6 +313,14 @@ static bool start(struct fetch *f, struct fetch_action *out)
 	return false;
 }
 
+static bool announce(struct fetch *f, struct fetch_action *out)
+{
+	if (f->ready == f->started || !all_there(f, &f->uses[f->ready]))
+		return false;
+	*out = (struct fetch_action){ .type = FETCH_USE, .use = f->ready++ };
+	return true;
+}
+
 bool fetch_next(struct fetch *f, struct fetch_action *out)
 {
 	if (f->status) {
@@ -322,9 +330,6 @@ bool fetch_next(struct fetch *f, struct fetch_action *out)
 		*out = (struct fetch_action){ .type = FETCH_FAILED, .unit = f->failed_unit, .status = f->status };
 		return tell;
 	}
-	if (f->ready < f->started && all_there(f, &f->uses[f->ready])) {
-		*out = (struct fetch_action){ .type = FETCH_USE, .use = f->ready++ };
-		return true;
-	}
-	return start(f, out);
+	/* Once more behind start: it passes over uses whose units are all there. */
+	return announce(f, out) || start(f, out) || announce(f, out);
 }

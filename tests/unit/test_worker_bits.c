@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Loss and gradients have the same bits whether activations are kept or
+ * recomputed, on any number of threads, on a backend that runs nothing until an
+ * event is waited for, and whether a span is computed whole or as the tree of
+ * its halves.
+ */
+#include "test_worker_model.h"
+
+static const char dropout[] = "\"embd_pdrop\": 0.1, \"attn_pdrop\": 0.1, \"resid_pdrop\": 0.1";
+
+/* A second set of gradients like t's. */
+static void gradients_open(const struct tiny *t, float *(*g)[UNIT_PARTS_MAX])
+{
+	for (uint32_t u = 0; u < t->table.n_units; u++)
+		for (uint32_t p = 0; p < t->table.unit[u].n_parts; p++)
+			g[u][p] = zeroed(t->table.unit[u].n * sizeof(float));
+}
+
+static void gradients_close(const struct tiny *t, float *(*g)[UNIT_PARTS_MAX])
+{
+	for (uint32_t u = 0; u < t->table.n_units; u++)
+		for (uint32_t p = 0; p < t->table.unit[u].n_parts; p++)
+			free(g[u][p]);
+}
+
+static void expect_same(const struct tiny *t, float *(*g)[UNIT_PARTS_MAX])
+{
+	for (uint32_t u = 0; u < t->table.n_units; u++)
+		for (uint32_t p = 0; p < t->table.unit[u].n_parts; p++)
+			assert_memory_equal(t->gradient[u][p], g[u][p], t->table.unit[u].part[p].end * sizeof(float));
+}
+
+/* The reference is kept, one thread, the CPU backend; `other` differs in one respect. */
+static void expect_same_run(struct tiny *t, struct model_run other)
+{
+	float *g[8][UNIT_PARTS_MAX] = { 0 };
+	struct model_run reference = tiny_run(t, 0, MICRO_MAX);
+	double want = tiny_loss(&reference), got;
+
+	gradients_open(t, g);
+	other.gradient = (float *const(*)[UNIT_PARTS_MAX])g;
+	got = tiny_loss(&other);
+	assert_memory_equal(&want, &got, sizeof(want));
+	expect_same(t, g);
+	gradients_close(t, g);
+}
+
+static void kept_or_recomputed(void **state)
+{
+	struct tiny *t = tiny_open(dropout);
+	struct model_run r = tiny_run(t, 0, MICRO_MAX);
+
+	(void)state;
+	r.keep = false;
+	expect_same_run(t, r);
+	tiny_close(t);
+}
+
+static void any_threads(void **state)
+{
+	struct tiny *t = tiny_open(dropout);
+	struct model_run r = tiny_run(t, 0, MICRO_MAX);
+
+	(void)state;
+	for (r.threads = 2; r.threads <= 3; r.threads++)
+		expect_same_run(t, r);
+	tiny_close(t);
+}
+
+static void deferred(void **state)
+{
+	struct tiny *t = tiny_open(dropout);
+	struct model_run r = tiny_run(t, 0, MICRO_MAX);
+
+	(void)state;
+	r.ops = k_deferred_ops();
+	expect_same_run(t, r);
+	r.keep = false;
+	expect_same_run(t, r);
+	tiny_close(t);
+}
+
+/* gradient(whole) = gradient(left) + gradient(right), each half computed on its own. */
+static void add_halves(struct tiny *t, float *(*g)[UNIT_PARTS_MAX], uint32_t first, uint32_t n, double *loss)
+{
+	float *right[8][UNIT_PARTS_MAX] = { 0 };
+	struct model_run r = tiny_run(t, first, n);
+	double right_loss;
+
+	if (n == 1) {
+		r.gradient = (float *const(*)[UNIT_PARTS_MAX])g;
+		*loss = tiny_loss(&r);
+		return;
+	}
+	gradients_open(t, right);
+	add_halves(t, g, first, n == 3 ? 2 : n / 2, loss);
+	add_halves(t, right, first + (n == 3 ? 2 : n / 2), n == 3 ? 1 : n / 2, &right_loss);
+	*loss += right_loss;
+	for (uint32_t u = 0; u < t->table.n_units; u++)
+		for (uint32_t p = 0; p < t->table.unit[u].n_parts; p++)
+			for (uint64_t i = 0; i < t->table.unit[u].part[p].end; i++)
+				g[u][p][i] += right[u][p][i];
+	gradients_close(t, right);
+}
+
+static void span_is_its_tree(void **state)
+{
+	struct tiny *t = tiny_open(dropout);
+
+	(void)state;
+	for (uint32_t n = 2; n <= MICRO_MAX; n++) {
+		float *g[8][UNIT_PARTS_MAX] = { 0 };
+		struct model_run whole = tiny_run(t, 0, n);
+		double want, got;
+
+		gradients_open(t, g);
+		add_halves(t, g, 0, n, &want);
+		got = tiny_loss(&whole);
+		assert_memory_equal(&want, &got, sizeof(want));
+		expect_same(t, g);
+		gradients_close(t, g);
+	}
+	tiny_close(t);
+}
+
+/* Dropout is drawn by step and micro-batch: another name, other numbers; the same name, the same. */
+static void dropout_follows_names(void **state)
+{
+	struct tiny *t = tiny_open(dropout);
+	struct model_run r = tiny_run(t, 0, 1), other = r;
+	double loss = tiny_loss(&r);
+
+	(void)state;
+	assert_true(loss == tiny_loss(&other));
+	other.step++;
+	assert_true(loss != tiny_loss(&other));
+	other = r;
+	other.first++;
+	assert_true(loss != tiny_loss(&other));
+	other = r;
+	other.seed++;
+	assert_true(loss != tiny_loss(&other));
+	/* Forward alone is evaluation: no dropout, whatever the names. */
+	other = r;
+	other.training = false;
+	loss = tiny_loss(&other);
+	other.step++;
+	assert_true(loss == tiny_loss(&other));
+	tiny_close(t);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(kept_or_recomputed),
+		cmocka_unit_test(any_threads),
+		cmocka_unit_test(deferred),
+		cmocka_unit_test(span_is_its_tree),
+		cmocka_unit_test(dropout_follows_names),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
