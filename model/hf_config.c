@@ -57,6 +57,14 @@ static const struct {
 	{ "auto_map", "it names Python code, and none is run" },
 };
 
+/* NULL when not given; null counts as that. */
+static const json_t *given(const json_t *o, const char *name)
+{
+	const json_t *v = name ? json_object_get(o, name) : NULL;
+
+	return json_is_null(v) ? NULL : v;
+}
+
 static int read_key(const struct json_doc *d, const struct json_path *path, const struct hf_key *k, const json_t *v,
 		    struct model_config *out, struct err *e)
 {
@@ -82,20 +90,17 @@ static int read_key(const struct json_doc *d, const struct json_path *path, cons
 	return -EINVAL;
 }
 
-/* The value under either name; null counts as not given. */
+/* The value under either name, and the name it stands under. */
 static int find_key(const struct json_doc *d, const struct json_path *at, const json_t *o, const struct hf_key *k,
 		    const char **name, const json_t **value, struct err *e)
 {
-	const json_t *v = json_object_get(o, k->name);
-	const json_t *w = k->alias ? json_object_get(o, k->alias) : NULL;
+	const json_t *v = given(o, k->name), *w = given(o, k->alias);
 	struct json_path path = { at, k->alias };
 
-	*name = v || !w ? k->name : k->alias;
+	*name = w && !v ? k->alias : k->name;
 	*value = v ? v : w;
 	if (v && w && !json_equal(v, w))
 		return json_fail(d, &path, e, "means the same as %s, which is given another value", k->name);
-	if (json_is_null(*value))
-		*value = NULL;
 	return 0;
 }
 
@@ -127,12 +132,12 @@ static int read_used(const struct json_doc *d, const struct json_path *at, const
 static int read_activation(const struct json_doc *d, const struct json_path *at, const json_t *o,
 			   struct model_config *out, struct err *e)
 {
-	const json_t *v = json_object_get(o, "activation_function");
+	const json_t *v = given(o, "activation_function");
 	struct json_path path = { at, "activation_function" };
 	char words[64];
 
 	out->activation = activations[0].value;
-	if (!v || json_is_null(v))
+	if (!v)
 		return 0;
 	for (size_t i = 0; i < ARRAY_LEN(activations); i++) {
 		if (json_is_string(v) && !strcmp(json_string_value(v), activations[i].name)) {
@@ -147,7 +152,7 @@ static int read_activation(const struct json_doc *d, const struct json_path *at,
 /* model_type and architectures: only GPT-2 with a language-model head is built. */
 static int check_family(const struct json_doc *d, const struct json_path *at, const json_t *o, struct err *e)
 {
-	const json_t *type = json_object_get(o, "model_type"), *list = json_object_get(o, "architectures"), *a;
+	const json_t *type = given(o, "model_type"), *list = given(o, "architectures"), *a;
 	struct json_path type_path = { at, "model_type" }, list_path = { at, "architectures" };
 	char words[64];
 	size_t i;
@@ -155,7 +160,7 @@ static int check_family(const struct json_doc *d, const struct json_path *at, co
 	if (type && !(json_is_string(type) && !strcmp(json_string_value(type), "gpt2")))
 		return json_fail(d, &type_path, e, "%s is not built; the GPT-2 family is: \"gpt2\"",
 				 json_words(type, words));
-	if (!list || json_is_null(list))
+	if (!list)
 		return 0;
 	if (!json_is_array(list))
 		return json_fail(d, &list_path, e, "expected a list, found %s", json_words(list, words));
@@ -182,10 +187,10 @@ static bool is_used(const char *key)
 static int check_refused(const struct json_doc *d, const struct json_path *at, const json_t *o, struct err *e)
 {
 	for (size_t i = 0; i < ARRAY_LEN(refused); i++) {
-		const json_t *v = json_object_get(o, refused[i].name);
+		const json_t *v = given(o, refused[i].name);
 		struct json_path path = { at, refused[i].name };
 
-		if (v && !json_is_null(v) && !json_is_false(v) && !(json_is_object(v) && json_object_size(v) == 0))
+		if (v && !json_is_false(v) && !(json_is_object(v) && json_object_size(v) == 0))
 			return json_fail(d, &path, e, "%s", refused[i].why);
 	}
 	return 0;
@@ -212,7 +217,7 @@ static int check_misspelt(const struct json_doc *d, const struct json_path *at, 
 	return 0;
 }
 
-/* The user's keys, with everything that was used written out, and the type of the weights we write. */
+/* The user's keys, with everything that was used written out under its own name, and the type of the weights. */
 static char *make_json(const json_t *o, const struct model_config *m)
 {
 	json_t *j = json_deep_copy(o);
@@ -229,10 +234,11 @@ static char *make_json(const json_t *o, const struct model_config *m)
 	for (size_t i = 0; i < ARRAY_LEN(keys); i++) {
 		const struct hf_key *k = &keys[i];
 		const void *field = (const char *)m + k->offset;
-		const json_t *given = json_object_get(j, k->name);
 		json_t *v;
 
-		if (given && !json_is_null(given))
+		if (k->alias)
+			(void)json_object_del(j, k->alias);
+		if (given(j, k->name))
 			continue;
 		if (k->type == HF_U32)
 			v = json_integer(*(const uint32_t *)field);
@@ -242,7 +248,7 @@ static char *make_json(const json_t *o, const struct model_config *m)
 			v = json_boolean(*(const bool *)field);
 		bad |= json_object_set_new(j, k->name, v);
 	}
-	if (!json_object_get(j, "activation_function") || json_is_null(json_object_get(j, "activation_function")))
+	if (!given(j, "activation_function"))
 		bad |= json_object_set_new(j, "activation_function", json_string(activations[0].name));
 	if (!bad)
 		text = json_dumps(j, JSON_INDENT(2) | JSON_SORT_KEYS);

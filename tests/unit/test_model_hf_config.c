@@ -95,9 +95,18 @@ static void test_written_back(void **state)
 	assert_int_equal(m.n_embd, 96);
 	j = json_loads(m.json, 0, NULL);
 	assert_int_equal(json_integer_value(json_object_get(j, "n_embd")), 96);
+	assert_null(json_object_get(j, "hidden_size"));
 	assert_int_equal(json_integer_value(json_object_get(j, "vocab_size")), 50257);
 	assert_string_equal(json_string_value(json_object_get(j, "activation_function")), "gelu_new");
 	json_decref(j);
+	model_config_release(&m);
+	/* null is not given, under either name, and what is written can be read */
+	m = parse_good("{\"hidden_size\": null, \"n_layer\": null, \"num_hidden_layers\": 3}");
+	assert_int_equal(m.n_embd, 768);
+	assert_int_equal(m.n_layer, 3);
+	again = parse_good(m.json);
+	assert_int_equal(again.n_layer, 3);
+	model_config_release(&again);
 	model_config_release(&m);
 }
 
