@@ -91,6 +91,8 @@ static void destroy(struct conn *c)
 
 void conn_enter(struct conn *c)
 {
+	/* Callbacks call back a few levels deep at most. */
+	assert(c->depth < 8);
 	c->depth++;
 }
 
@@ -113,16 +115,16 @@ static void stop(struct conn *c)
 
 static void finish(struct conn *c, int status, const char *text)
 {
+	/* Only from within a callback of ours, whose conn_leave frees c. */
+	assert(c->depth > 0);
 	if (c->state == CONN_CLOSED)
 		return;
-	conn_enter(c);
 	stop(c);
 	/* The socket is closed before the owner hears of it: a peer must not wait for our owner's clean-up. */
 	if (c->bev)
 		bufferevent_free(c->bev);
 	c->bev = NULL;
 	c->ops->closed(c, status, text, c->ctx);
-	conn_leave(c);
 }
 
 void conn_fail(struct conn *c, int status, const char *fmt, ...)
@@ -457,6 +459,7 @@ static const struct addrinfo *pick_address(const struct addrinfo *list, unsigned
 
 	for (; ai; ai = ai->ai_next)
 		n++;
+	assert(n > 0);
 	ai = list;
 	for (unsigned i = 0; i < try % n; i++)
 		ai = ai->ai_next;

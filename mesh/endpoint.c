@@ -96,7 +96,7 @@ static void set_port_0(struct sockaddr_storage *sa)
 
 int conn_route(const char *endpoint, char out[64], struct err *e)
 {
-	struct sockaddr_storage sa;
+	struct sockaddr_storage sa = { 0 };
 	struct addrinfo *list;
 	struct endpoint ep;
 	int rc = endpoint_parse(endpoint, &ep, e);

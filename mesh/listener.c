@@ -94,11 +94,17 @@ static int open_socket(const struct addrinfo *ai)
 	return fd;
 }
 
-static bool is_every_address(const struct sockaddr_storage *sa)
+union address {
+	struct sockaddr any;
+	struct sockaddr_in in;
+	struct sockaddr_in6 in6;
+};
+
+static bool is_every_address(const union address *a)
 {
-	if (sa->ss_family == AF_INET6)
-		return IN6_IS_ADDR_UNSPECIFIED(&((const struct sockaddr_in6 *)sa)->sin6_addr);
-	return ((const struct sockaddr_in *)sa)->sin_addr.s_addr == htonl(INADDR_ANY);
+	if (a->any.sa_family == AF_INET6)
+		return IN6_IS_ADDR_UNSPECIFIED(&a->in6.sin6_addr);
+	return a->in.sin_addr.s_addr == htonl(INADDR_ANY);
 }
 
 /* This host's name, if it leads anywhere; containers often have one that nobody knows. */
@@ -116,25 +122,26 @@ static bool host_name(char *out, size_t bytes)
 
 static int name_endpoint(struct conn_listener *l, int fd)
 {
-	struct sockaddr_storage sa;
-	socklen_t n = sizeof(sa);
+	union address here = { .in6 = { 0 } };
+	socklen_t n = sizeof(here);
+	bool v6;
 	char host[256];
 
-	if (getsockname(fd, (struct sockaddr *)&sa, &n) < 0)
+	if (getsockname(fd, &here.any, &n) < 0)
 		return -errno;
-	endpoint_text((const struct sockaddr *)&sa, l->endpoint, sizeof(l->endpoint));
-	if (!is_every_address(&sa))
+	endpoint_text(&here.any, l->endpoint, sizeof(l->endpoint));
+	if (!is_every_address(&here))
 		return 0;
+	v6 = here.any.sa_family == AF_INET6;
 	if (!host_name(host, sizeof(host)))
-		snprintf(host, sizeof(host), "%s", sa.ss_family == AF_INET6 ? "[::1]" : "127.0.0.1");
-	/* sin_port and sin6_port lie at the same place. */
-	snprintf(l->endpoint, sizeof(l->endpoint), "%s:%u", host, ntohs(((struct sockaddr_in *)&sa)->sin_port));
+		snprintf(host, sizeof(host), "%s", v6 ? "[::1]" : "127.0.0.1");
+	snprintf(l->endpoint, sizeof(l->endpoint), "%s:%u", host, ntohs(v6 ? here.in6.sin6_port : here.in.sin_port));
 	return 0;
 }
 
 static int bind_first(const char *endpoint, struct err *e)
 {
-	struct addrinfo *list;
+	struct addrinfo *list = NULL;
 	struct endpoint ep;
 	int fd = -EADDRNOTAVAIL, rc = endpoint_parse(endpoint, &ep, e);
 

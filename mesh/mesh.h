@@ -35,7 +35,8 @@ uint32_t tree_leaves(struct tree_node n, uint32_t n_micro); /* micro-batches cov
 bool tree_equal(struct tree_node a, struct tree_node b);
 bool tree_covers(struct tree_node a, struct tree_node b, uint32_t n_micro); /* a is b or an ancestor of b */
 /* False for the root. *left: n is the left child. */
-bool tree_sibling(struct tree_node n, uint32_t n_micro, struct tree_node *sibling, struct tree_node *parent, bool *left);
+bool tree_sibling(struct tree_node n, uint32_t n_micro, struct tree_node *sibling, struct tree_node *parent,
+		  bool *left);
 /* False for a leaf. */
 bool tree_children(struct tree_node n, uint32_t n_micro, struct tree_node *left, struct tree_node *right);
 /* A node that came over the wire: aligned, inside M, canonical. */
@@ -162,16 +163,16 @@ struct lease {
 enum member_role { ROLE_SHARD = 1, ROLE_WORKER, ROLE_COORDINATOR, ROLE_OBSERVER };
 
 struct coord_config {
-	uint32_t n_shards, n_workers;   /* to wait for before the first step */
-	uint32_t n_micro, n_eval;       /* M; evaluation micro-batches, 0: none */
+	uint32_t n_shards, n_workers; /* to wait for before the first step */
+	uint32_t n_micro, n_eval;     /* M; evaluation micro-batches, 0: none */
 	uint64_t steps, eval_interval, state_hash_interval;
 	uint64_t tokens_per_step;
 	double gradient_clipping, beta1, beta2;
 	bool bias_correction;
 	double (*lr)(void *ctx, uint64_t adam_t);
 	void *ctx;
-	uint64_t heartbeat_timeout_ns;  /* evicted after this long without a word */
-	uint64_t join_timeout_ns;       /* from start to all members ready */
+	uint64_t heartbeat_timeout_ns; /* evicted after this long without a word */
+	uint64_t join_timeout_ns;      /* from start to all members ready */
 };
 
 /* A line of steps.jsonl. */
@@ -187,12 +188,12 @@ struct step_record {
 enum coord_phase { PHASE_GATHER, PHASE_PREPARE, PHASE_RUN, PHASE_EXPORT, PHASE_DONE, PHASE_FAILED };
 
 enum coord_action_type {
-	COORD_SEND,     /* `type` and `msg` to `member` */
-	COORD_CLOSE,    /* drop the member's connection; text says why */
-	COORD_LINE,     /* append `record` to steps.jsonl */
-	COORD_EXPORT,   /* all steps done: write model/, then call coord_exported */
-	COORD_FINISH,   /* end: exit_code and text */
-	COORD_NOTE,     /* text for the log and the observers (members come and go, phases) */
+	COORD_SEND,   /* `type` and `msg` to `member` */
+	COORD_CLOSE,  /* drop the member's connection; text says why */
+	COORD_LINE,   /* append `record` to steps.jsonl */
+	COORD_EXPORT, /* all steps done: write model/, then call coord_exported */
+	COORD_FINISH, /* end: exit_code and text */
+	COORD_NOTE,   /* text for the log and the observers (members come and go, phases) */
 };
 struct coord_action; /* defined behind the wire structs below */
 struct coord;
@@ -246,7 +247,9 @@ enum wire_type {
 #define WIRE_FIXED(f, n) uint8_t f[n];
 #define WIRE_STR(f, max) char f[max];
 #define WIRE_BLOB(f) struct wire_blob f;
+/* clang-format off */
 #define WIRE_END };
+/* clang-format on */
 #include "mesh/wire.def"
 #undef WIRE_MSG
 #undef WIRE_U32
@@ -291,7 +294,7 @@ void wire_seal(struct wire_header *h, const uint8_t *body); /* fills in hash */
 struct coord_action {
 	enum coord_action_type type;
 	uint32_t member;
-	unsigned msg_type;       /* enum wire_type */
+	unsigned msg_type; /* enum wire_type */
 	union wire_msg msg;
 	struct step_record record;
 	uint32_t exit_code;
@@ -306,7 +309,8 @@ struct coord_now {
 };
 
 struct coord_counters {
-	uint64_t stale;    /* messages dropped by rule 2: not a member (any more), another branch, a step or lease not open */
+	/* Messages dropped by rule 2: not a member (any more), another branch, a step or lease not open. */
+	uint64_t stale;
 	uint64_t leases, recalls, spans_done, evictions;
 };
 
@@ -355,7 +359,16 @@ bool coord_validation(const struct coord *c, uint64_t *version, double *loss);
 /* ------------------------------------------------------- waits and metrics */
 
 /* What a thread waits for right now: one record a thread, sent with the heartbeat. */
-enum wait_kind { WAIT_NONE, WAIT_LEASE, WAIT_UNIT, WAIT_GRADIENT_BUFFER, WAIT_CONTRIBUTION, WAIT_COMMIT, WAIT_MEMBERS, WAIT_CONNECT };
+enum wait_kind {
+	WAIT_NONE,
+	WAIT_LEASE,
+	WAIT_UNIT,
+	WAIT_GRADIENT_BUFFER,
+	WAIT_CONTRIBUTION,
+	WAIT_COMMIT,
+	WAIT_MEMBERS,
+	WAIT_CONNECT,
+};
 struct wait_record {
 	_Atomic uint32_t kind, unit, page, peer;
 	_Atomic uint64_t step, since_ns;
@@ -380,7 +393,8 @@ struct metrics {
 void metrics_add(struct metrics *m, const char *name, const char *help, const _Atomic uint64_t *value);
 size_t metrics_pack(const struct metrics *m, uint8_t *out, size_t max);
 /* Calls fn for each (name, value) of a packed block; -EPROTO. */
-int metrics_unpack(const uint8_t *packed, size_t bytes, void (*fn)(void *ctx, const char *name, uint64_t value), void *ctx);
+int metrics_unpack(const uint8_t *packed, size_t bytes, void (*fn)(void *ctx, const char *name, uint64_t value),
+		   void *ctx);
 
 /* ------------------------------------------------------------- connections */
 
@@ -399,7 +413,7 @@ struct mesh_self {
 	struct log *log;
 	struct event_base *base;
 	struct job_token token;
-	char job[64];       /* --rdzv-id */
+	char job[64]; /* --rdzv-id */
 	enum member_role role;
 	uint32_t member;
 	uint32_t branch;
@@ -425,8 +439,8 @@ struct conn_ops {
  * Starts to connect to "host:port", again and again until deadline_ns. The connection is freed after closed(). Any
  * connection makes the process ignore SIGPIPE, unless it handles it.
  */
-int conn_connect(struct mesh_self *self, const char *endpoint, uint64_t deadline_ns, const struct conn_ops *ops, void *ctx,
-		 struct conn **out, struct err *e);
+int conn_connect(struct mesh_self *self, const char *endpoint, uint64_t deadline_ns, const struct conn_ops *ops,
+		 void *ctx, struct conn **out, struct err *e);
 /* Encodes, frames and queues. -EMSGSIZE, -EPIPE; -ENOBUFS when the peer does not read. */
 int conn_send(struct conn *c, unsigned type, const void *msg);
 /* Flushes what is queued (2 s at most), then closes; closed() is called later, from the loop, with status 0. */
@@ -461,7 +475,7 @@ int conn_route(const char *endpoint, char out[64], struct err *e);
 /*
  * A shard service's or worker's link to the coordinator: connects, registers,
  * keeps the member table, sends heartbeats with waits and counters, hands the
- * rest on. When the coordinator is lost, lost() is called once.
+ * rest on. self->branch, term and step follow the coordinator's headers, epoch the view.
  */
 struct member_table {
 	uint32_t n;
@@ -469,13 +483,19 @@ struct member_table {
 	uint64_t epoch;
 };
 struct member_ops {
-	/* Config and profile are here; plan, open, then (shards) initialise. 0, or -Exxx with e: reported, process ends. */
+	/*
+	 * Config and profile are here; plan, open, then (shards) initialise. 0, or -Exxx with e: reported as FAILURE,
+	 * then over() with 42 for -EINVAL, else 1. Heartbeats stand still while this runs.
+	 */
 	int (*welcome)(void *ctx, const struct msg_welcome *w, struct err *e);
 	/* A complete view: members came or went. */
 	void (*members)(void *ctx, const struct member_table *t);
 	/* STEP, LEASE, RECALL, EXPORT_READ. */
 	int (*message)(void *ctx, const struct wire_header *h, const union wire_msg *m);
-	/* The job is over for us: SHUTDOWN, or the coordinator is gone. Leave the loop and exit with the code. */
+	/*
+	 * Once: the job is over for us by SHUTDOWN, a refusal, or because the coordinator is gone (1) or never answered
+	 * (75). Leave the loop and exit with the code. Nothing is called after it; the link may be freed in it.
+	 */
 	void (*over)(void *ctx, uint32_t exit_code, const char *text);
 };
 struct member_link_config {
@@ -487,17 +507,17 @@ struct member_link_config {
 	uint32_t n_waits;
 };
 struct member_link;
-int member_link_open(struct mesh_self *self, const struct member_link_config *cfg, const struct member_ops *ops, void *ctx,
-		     struct member_link **out, struct err *e);
+int member_link_open(struct mesh_self *self, const struct member_link_config *cfg, const struct member_ops *ops,
+		     void *ctx, struct member_link **out, struct err *e);
 int member_link_send(struct member_link *l, unsigned type, const void *msg);
 void member_link_free(struct member_link *l);
 
 /* ------------------------------------------------------ coordinator's shell */
 
 struct coordinator_config {
-	const char *listen;              /* "host:port" */
+	const char *listen; /* "host:port" */
 	const struct job_config *job;
-	const char *profile;             /* canonical math profile */
+	const char *profile; /* canonical math profile */
 	const char *run_dir;
 	struct batch_plan batch;
 };
@@ -507,7 +527,8 @@ struct coordinator;
  * machine. Writes RUN_DIR/endpoint, steps.jsonl, summary.json and, at the end,
  * model/, streamed from the shard services piece by piece.
  */
-int coordinator_open(struct mesh_self *self, const struct coordinator_config *cfg, struct coordinator **out, struct err *e);
+int coordinator_open(struct mesh_self *self, const struct coordinator_config *cfg, struct coordinator **out,
+		     struct err *e);
 const char *coordinator_endpoint(const struct coordinator *c);
 void coordinator_stop(struct coordinator *c, uint32_t exit_code); /* first Ctrl-C */
 /* Runs self->base until the job is over; the exit code, and why in e. */

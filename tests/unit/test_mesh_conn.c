@@ -309,7 +309,7 @@ static int stranger(struct fixture *f)
 	struct sockaddr_in sa = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-	sa.sin_port = htons((uint16_t)atoi(strrchr(conn_listener_endpoint(f->listener), ':') + 1));
+	sa.sin_port = htons((uint16_t)strtoul(strrchr(conn_listener_endpoint(f->listener), ':') + 1, NULL, 10));
 	assert_true(fd >= 0);
 	assert_int_equal(connect(fd, (struct sockaddr *)&sa, sizeof(sa)), 0);
 	return fd;
