@@ -266,6 +266,7 @@ int data_open(const struct data_config *c, uint64_t seed, uint32_t vocab, struct
 	struct data_set *d = calloc(1, sizeof(*d));
 	int rc;
 
+	assert(c->sequence_length > 0 && c->n_train > 0);
 	if (!d)
 		return err_set(e, -ENOMEM, "data: out of memory");
 	d->sequence_length = c->sequence_length;
