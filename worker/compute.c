@@ -303,31 +303,38 @@ static void run_span(struct compute *c)
 	c->busy = false;
 }
 
+/* Recalled before it began. */
+static void give_back(struct compute *c)
+{
+	struct report end = { .kind = REPORT_END, .status = -ECANCELED };
+
+	report(c, &end);
+	c->busy = false;
+}
+
 static void *compute_main(void *arg)
 {
 	struct compute *c = arg;
 	bool waiting = false;
 
-	while (!c->quit) {
-		if (look(c) == 0 && c->busy) {
-			if (waiting)
-				wait_end(record(c));
-			waiting = false;
-			run_span(c);
-			continue;
-		}
-		if (c->busy) {
-			/* Recalled before it began. */
-			struct report end = { .kind = REPORT_END, .status = -ECANCELED };
+	for (;;) {
+		int rc = look(c);
 
-			report(c, &end);
-			c->busy = c->cancelled = false;
-			continue;
+		if (c->quit)
+			break;
+		if (waiting == c->busy) {
+			waiting = !c->busy;
+			if (waiting)
+				wait_begin(record(c), WAIT_LEASE, c->now.span.step, 0, 0, 0);
+			else
+				wait_end(record(c));
 		}
-		if (!waiting)
-			wait_begin(record(c), WAIT_LEASE, c->now.span.step, 0, 0, 0);
-		waiting = true;
-		ring_wait(&c->in, WAIT_WARN_NS);
+		if (!c->busy)
+			ring_wait(&c->in, WAIT_WARN_NS);
+		else if (rc)
+			give_back(c);
+		else
+			run_span(c);
 	}
 	return NULL;
 }
