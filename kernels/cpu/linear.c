@@ -101,6 +101,7 @@ static void data_task(const struct linear_backward_job *j, uint32_t task, float 
 		.lda = a->out,
 		.b = a->w_out_in ? a->w + t.col : a->w + (size_t)t.col * a->out,
 		.ldb = a->w_out_in ? a->in : a->out,
+		.beta = a->dx_add ? 1.0f : 0.0f,
 		.c = a->dx + at,
 		.ldc = a->in,
 	};
@@ -189,7 +190,7 @@ void cpu_linear_backward(struct k_stream *s, const struct k_linear_backward *a)
 
 	assert(a->n_mb && a->rows && a->in && a->out && a->dy);
 	assert((!a->dx || (a->w && a->dx != a->dy)) && (!a->dw || a->x));
-	assert(!a->dx || a->act_in == K_ACT_NONE || a->pre_in);
+	assert(!a->dx || a->act_in == K_ACT_NONE || (a->pre_in && !a->dx_add));
 	struct linear_backward_job j = {
 		.s = s,
 		.a = a,

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* LayerNorm and the residual stream. */
+/* LayerNorm, RMSNorm and the residual stream. */
 #include "kernels/cpu/cpu.h"
 
 struct norm_job {
@@ -27,7 +27,8 @@ void cpu_norm(struct k_stream *s, const struct k_norm *a)
 {
 	struct norm_job j = { .s = s, .a = a, .rows_per_task = rows_per_task(a->cols) };
 
-	assert(a->n_mb && a->rows && a->cols && a->x && a->gamma && a->beta && a->y && !a->branch == !a->sum);
+	assert(a->n_mb && a->rows && a->cols && a->x && a->gamma && (a->rms || a->beta) && a->y);
+	assert(!a->branch == !a->sum);
 	pool_run(s->pool, norm_task, &j, (uint32_t)ceil_div_u64((uint64_t)a->n_mb * a->rows, j.rows_per_task));
 }
 
@@ -65,7 +66,8 @@ static void norm_cols(const struct norm_backward_job *j, uint32_t task)
 		}
 	}
 	memcpy(a->dgamma + first, slot[0][0], n * sizeof(float));
-	memcpy(a->dbeta + first, slot[0][1], n * sizeof(float));
+	if (!a->rms)
+		memcpy(a->dbeta + first, slot[0][1], n * sizeof(float));
 }
 
 static void norm_backward_task(void *ctx, unsigned thread, uint32_t task)
@@ -83,8 +85,8 @@ void cpu_norm_backward(struct k_stream *s, const struct k_norm_backward *a)
 {
 	struct norm_backward_job j = { .s = s, .a = a, .rows_per_task = rows_per_task(a->cols) };
 
-	assert(a->n_mb && a->rows && a->cols && a->x && a->mean && a->rstd && a->gamma && a->dy && a->dgamma &&
-	       a->dbeta);
+	assert(a->n_mb && a->rows && a->cols && a->x && a->rstd && a->gamma && a->dy && a->dgamma);
+	assert(a->rms || (a->mean && a->dbeta));
 	/* Rows and columns run beside each other, and both read x and dy. */
 	assert(a->dx && a->dx != a->x && a->dx != a->dy);
 	j.row_tasks = (uint32_t)ceil_div_u64((uint64_t)a->n_mb * a->rows, j.rows_per_task);

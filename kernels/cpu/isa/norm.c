@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* LayerNorm by rows, and its weights' gradients by blocks of columns. */
+/*
+ * LayerNorm and RMSNorm by rows, and their weights' gradients by blocks of columns. RMSNorm is LayerNorm
+ * with mean 0 and without beta: subtracting 0 changes nothing, so most loops serve both.
+ */
 #include "kernels/cpu/isa/isa.h"
 #include "kernels/cpu/isa/vec.h"
 
@@ -38,9 +41,31 @@ static float row_variance(const float *x, uint32_t n, float mean)
 	return acc16_sum(&sum) / (float)n;
 }
 
+static void normalise_row(const struct k_norm *a, const float *x, float mean, float rstd, float *y)
+{
+	const vf vm = vf_set(mean), vr = vf_set(rstd);
+	uint32_t i = 0, n = a->cols;
+
+	for (; i + VF <= n; i += VF)
+		vf_store(y + i, (vf_load(x + i) - vm) * vr * vf_load(a->gamma + i) + vf_load(a->beta + i));
+	for (; i < n; i++)
+		y[i] = (x[i] - mean) * rstd * a->gamma[i] + a->beta[i];
+}
+
+static void scale_row(const float *x, float rstd, const float *gamma, float *y, uint32_t n)
+{
+	const vf vr = vf_set(rstd);
+	uint32_t i = 0;
+
+	for (; i + VF <= n; i += VF)
+		vf_store(y + i, vf_load(x + i) * vr * vf_load(gamma + i));
+	for (; i < n; i++)
+		y[i] = x[i] * rstd * gamma[i];
+}
+
 void ISA(norm_row)(const struct k_norm *a, uint64_t row, const struct drop *d, uint64_t drop_first)
 {
-	uint32_t n = a->cols, i = 0;
+	uint32_t n = a->cols;
 	const float *x = a->x + row * n;
 	float *y = a->y + row * n;
 
@@ -49,17 +74,21 @@ void ISA(norm_row)(const struct k_norm *a, uint64_t row, const struct drop *d, u
 		ISA(residual)(x, a->branch + row * n, sum, n, d, drop_first);
 		x = sum;
 	}
-	float mean = row_mean(x, n);
+	float mean = a->rms ? 0.0f : row_mean(x, n);
 	float rstd = 1.0f / __builtin_sqrtf(row_variance(x, n, mean) + a->eps);
-	const vf vm = vf_set(mean), vr = vf_set(rstd);
-	for (; i + VF <= n; i += VF)
-		vf_store(y + i, (vf_load(x + i) - vm) * vr * vf_load(a->gamma + i) + vf_load(a->beta + i));
-	for (; i < n; i++)
-		y[i] = (x[i] - mean) * rstd * a->gamma[i] + a->beta[i];
-	if (a->mean)
+	if (a->rms)
+		scale_row(x, rstd, a->gamma, y, n);
+	else
+		normalise_row(a, x, mean, rstd, y);
+	if (a->mean && !a->rms)
 		a->mean[row] = mean;
 	if (a->rstd)
 		a->rstd[row] = rstd;
+}
+
+static inline float mean_of(const struct k_norm_backward *a, uint64_t row)
+{
+	return a->rms ? 0.0f : a->mean[row];
 }
 
 /* The two sums of a row's backward: g and g * xhat, with g = dy * gamma. */
@@ -67,7 +96,8 @@ static void norm_back_sums(const struct k_norm_backward *a, uint64_t row, float 
 {
 	uint32_t n = a->cols, i = 0;
 	const float *x = a->x + row * n, *dy = a->dy + row * n;
-	const vf vm = vf_set(a->mean[row]), vr = vf_set(a->rstd[row]);
+	const float mean = mean_of(a, row);
+	const vf vm = vf_set(mean), vr = vf_set(a->rstd[row]);
 	struct acc16 s1, s2;
 
 	acc16_clear(&s1, 0.0f);
@@ -83,7 +113,7 @@ static void norm_back_sums(const struct k_norm_backward *a, uint64_t row, float 
 		for (int h = 0; h < VH; h++) {
 			vf g = vf_load_tail(dy + i, n - i, h, 0.0f) * vf_load_tail(a->gamma + i, n - i, h, 0.0f);
 			s1.v[h] += g;
-			s2.v[h] += g * ((vf_load_tail(x + i, n - i, h, a->mean[row]) - vm) * vr);
+			s2.v[h] += g * ((vf_load_tail(x + i, n - i, h, mean) - vm) * vr);
 		}
 	*sum_g = acc16_sum(&s1);
 	*sum_gx = acc16_sum(&s2);
@@ -94,10 +124,10 @@ void ISA(norm_back_row)(const struct k_norm_backward *a, uint64_t row)
 	uint32_t n = a->cols, i = 0;
 	const float *x = a->x + row * n, *dy = a->dy + row * n;
 	const float *res = a->dresidual ? a->dresidual + row * n : NULL;
-	float *dx = a->dx + row * n, mean = a->mean[row], rstd = a->rstd[row], c1, c2;
+	float *dx = a->dx + row * n, mean = mean_of(a, row), rstd = a->rstd[row], c1, c2;
 
 	norm_back_sums(a, row, &c1, &c2);
-	c1 /= (float)n;
+	c1 = a->rms ? 0.0f : c1 / (float)n;
 	c2 /= (float)n;
 	const vf vm = vf_set(mean), vr = vf_set(rstd), v1 = vf_set(c1), v2 = vf_set(c2);
 	for (; i + VF <= n; i += VF) {
@@ -122,7 +152,7 @@ void ISA(norm_back_cols)(const struct k_norm_backward *a, uint32_t mb, uint32_t 
 		dg[c] = db[c] = vf_set(0.0f);
 	for (uint64_t r = (uint64_t)mb * a->rows; r < (uint64_t)(mb + 1) * a->rows; r++) {
 		const float *x = a->x + r * a->cols + first, *dy = a->dy + r * a->cols + first;
-		const vf vm = vf_set(a->mean[r]), vr = vf_set(a->rstd[r]);
+		const vf vm = vf_set(mean_of(a, r)), vr = vf_set(a->rstd[r]);
 
 		for (uint32_t c = 0; c < whole; c++) {
 			vf g = vf_load(dy + c * VF);
