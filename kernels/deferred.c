@@ -28,6 +28,10 @@ enum call_kind {
 	CALL_RESIDUAL,
 	CALL_LINEAR,
 	CALL_LINEAR_BACKWARD,
+	CALL_ROTARY,
+	CALL_ROTARY_BACKWARD,
+	CALL_GLU,
+	CALL_GLU_BACKWARD,
 	CALL_ATTENTION,
 	CALL_ATTENTION_BACKWARD,
 	CALL_XENT,
@@ -47,6 +51,10 @@ struct call {
 		struct k_residual residual;
 		struct k_linear linear;
 		struct k_linear_backward linear_backward;
+		struct k_rotary rotary;
+		struct k_rotary_backward rotary_backward;
+		struct k_glu glu;
+		struct k_glu_backward glu_backward;
 		struct k_attention attention;
 		struct k_attention_backward attention_backward;
 		struct k_xent xent;
@@ -97,6 +105,18 @@ static void call_run(struct k_stream *s, const struct call *c)
 		break;
 	case CALL_LINEAR_BACKWARD:
 		cpu_linear_backward(s, &c->linear_backward);
+		break;
+	case CALL_ROTARY:
+		cpu_rotary(s, &c->rotary);
+		break;
+	case CALL_ROTARY_BACKWARD:
+		cpu_rotary_backward(s, &c->rotary_backward);
+		break;
+	case CALL_GLU:
+		cpu_glu(s, &c->glu);
+		break;
+	case CALL_GLU_BACKWARD:
+		cpu_glu_backward(s, &c->glu_backward);
 		break;
 	case CALL_ATTENTION:
 		cpu_attention(s, &c->attention);
@@ -179,6 +199,26 @@ static void deferred_linear(struct k_stream *s, const struct k_linear *a)
 static void deferred_linear_backward(struct k_stream *s, const struct k_linear_backward *a)
 {
 	enqueue(s, CALL_LINEAR_BACKWARD)->linear_backward = *a;
+}
+
+static void deferred_rotary(struct k_stream *s, const struct k_rotary *a)
+{
+	enqueue(s, CALL_ROTARY)->rotary = *a;
+}
+
+static void deferred_rotary_backward(struct k_stream *s, const struct k_rotary_backward *a)
+{
+	enqueue(s, CALL_ROTARY_BACKWARD)->rotary_backward = *a;
+}
+
+static void deferred_glu(struct k_stream *s, const struct k_glu *a)
+{
+	enqueue(s, CALL_GLU)->glu = *a;
+}
+
+static void deferred_glu_backward(struct k_stream *s, const struct k_glu_backward *a)
+{
+	enqueue(s, CALL_GLU_BACKWARD)->glu_backward = *a;
 }
 
 static void deferred_attention(struct k_stream *s, const struct k_attention *a)
@@ -281,6 +321,10 @@ static const struct k_ops deferred_ops = {
 	.residual = deferred_residual,
 	.linear = deferred_linear,
 	.linear_backward = deferred_linear_backward,
+	.rotary = deferred_rotary,
+	.rotary_backward = deferred_rotary_backward,
+	.glu = deferred_glu,
+	.glu_backward = deferred_glu_backward,
 	.attention = deferred_attention,
 	.attention_backward = deferred_attention_backward,
 	.xent = deferred_xent,

@@ -47,8 +47,9 @@ static inline void *workspace_thread(const struct workspace *w, unsigned thread)
 }
 
 struct scratch linear_scratch(void);
-struct scratch linear_backward_scratch(uint32_t n_mb, uint64_t weights);
+struct scratch linear_backward_scratch(uint32_t n_mb, uint32_t rows, uint64_t weights);
 struct scratch attention_scratch(uint32_t q_len, uint32_t kv_len, bool backward);
+struct scratch rotary_backward_scratch(uint32_t n_mb, uint32_t head_dim);
 struct scratch embed_backward_scratch(uint32_t n_mb, uint64_t tokens, uint32_t vocab, uint32_t channels);
 struct scratch xent_scratch(uint32_t n_mb, uint64_t rows);
 struct scratch state_scratch(void);
@@ -70,13 +71,13 @@ struct tile {
 };
 
 #define GRID_VERSION 1u
-/* Largest tile of a weight's gradient, in elements. */
-#define GRID_WEIGHT_TILE_MAX ((768u + 96u) * (768u + 96u))
 
 /* Activations [rows][cols], summed over inner. */
 struct grid grid_activation(uint32_t rows, uint32_t cols, uint32_t inner);
-/* A weight's gradient [rows][cols]. */
-struct grid grid_weight(uint32_t rows, uint32_t cols);
+/* A weight's gradient [rows][cols], summed over inner. */
+struct grid grid_weight(uint32_t rows, uint32_t cols, uint32_t inner);
+/* No tile of a gradient of `weights` elements has more elements; grows with both. */
+uint64_t grid_weight_tile_max(uint64_t weights, uint32_t inner);
 static inline uint32_t grid_tiles(const struct grid *g)
 {
 	return g->row_tiles * g->col_tiles;
@@ -143,6 +144,10 @@ void cpu_norm_backward(struct k_stream *s, const struct k_norm_backward *a);
 void cpu_residual(struct k_stream *s, const struct k_residual *a);
 void cpu_linear(struct k_stream *s, const struct k_linear *a);
 void cpu_linear_backward(struct k_stream *s, const struct k_linear_backward *a);
+void cpu_rotary(struct k_stream *s, const struct k_rotary *a);
+void cpu_rotary_backward(struct k_stream *s, const struct k_rotary_backward *a);
+void cpu_glu(struct k_stream *s, const struct k_glu *a);
+void cpu_glu_backward(struct k_stream *s, const struct k_glu_backward *a);
 void cpu_attention(struct k_stream *s, const struct k_attention *a);
 void cpu_attention_backward(struct k_stream *s, const struct k_attention_backward *a);
 void cpu_xent(struct k_stream *s, const struct k_xent *a);

@@ -1,26 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The tile grid, version 1. Measured on AVX-512 with oneDNN and OpenBLAS: all
- * rows (up to 1,024) by half of the columns for activations, since halving the
- * rows costs 4-25 %; tiles of a weight's gradient that stay in a core's cache
- * while a span's leaves are added; steps in multiples of 96 columns, which is a
- * whole number of every library's register tile; an even number of tiles, for
- * two threads; no slivers, which fall into the libraries' slow and, worse,
- * shape-dependent paths.
+ * The tile grid, version 1, measured with AVX-512, oneDNN and OpenBLAS.
+ * Activations: all rows (up to 1,024) by half of the columns or less, since
+ * halving the rows costs 4-25 % and halving the columns 0-3 %. Weight gradients:
+ * with few rows a micro-batch the sums of the tree cost as much as the products,
+ * so their tiles stay in a core's cache; with many, large tiles pay. Steps are
+ * multiples of 96 columns, a whole number of every library's register tile; the
+ * number of tiles is even, for two threads; and there are no slivers, which fall
+ * into the libraries' slow and, worse, shape-dependent paths.
  *
  * A change here changes bits: it needs a new GRID_VERSION.
  */
 #include "kernels/cpu/cpu.h"
 
 #define ROWS_MAX 1024u
-#define COLS_MAX 2304u
-#define WEIGHT_STEP 768u
+#define COLS_MAX 1536u
+#define WEIGHT_COLS 768u
 /* A product of fewer multiplications is one tile. */
 #define SPLIT_MIN 4000000u
 
+#define UNIT_MAX 96u
+
 static uint32_t unit_of(uint32_t n)
 {
-	return n >= 768 ? 96 : n >= 192 ? 48 : 16;
+	return n >= 768 ? UNIT_MAX : n >= 192 ? 48 : 16;
 }
 
 /* Cuts n into about `parts` steps of a whole number of units; a remainder of less than a unit joins its neighbour. */
@@ -55,13 +58,26 @@ struct grid grid_activation(uint32_t rows, uint32_t cols, uint32_t inner)
 	return g;
 }
 
-struct grid grid_weight(uint32_t rows, uint32_t cols)
+/* About how many rows a weight tile has, by the rows of a micro-batch. */
+static uint32_t weight_rows(uint32_t inner)
+{
+	return inner <= 192 ? 192 : inner < 768 ? 768 : 1632;
+}
+
+struct grid grid_weight(uint32_t rows, uint32_t cols, uint32_t inner)
 {
 	struct grid g = { .rows = rows, .cols = cols };
 
-	cut(rows, 2 * ceil_div_u32(rows, 2 * WEIGHT_STEP), &g.row_step, &g.row_tiles);
-	cut(cols, ceil_div_u32(cols, WEIGHT_STEP), &g.col_step, &g.col_tiles);
+	cut(rows, 2 * ceil_div_u32(rows, 2 * weight_rows(inner)), &g.row_step, &g.row_tiles);
+	cut(cols, ceil_div_u32(cols, WEIGHT_COLS), &g.col_step, &g.col_tiles);
 	return g;
+}
+
+uint64_t grid_weight_tile_max(uint64_t weights, uint32_t inner)
+{
+	/* A step is rounded up to a unit, and a remainder below a unit joins it. */
+	uint64_t most = (weight_rows(inner) + 2ull * UNIT_MAX) * (WEIGHT_COLS + 2ull * UNIT_MAX);
+	return weights < most ? weights : most;
 }
 
 struct tile grid_tile(const struct grid *g, uint32_t index)

@@ -73,15 +73,15 @@ struct linear_backward_job {
 	size_t tile_floats; /* of one slot of the tree's stack */
 };
 
-static uint64_t weight_tile_floats(uint64_t weights)
+static uint64_t weight_tile_floats(uint32_t rows, uint64_t weights)
 {
-	return round_up_u64(weights < GRID_WEIGHT_TILE_MAX ? weights : GRID_WEIGHT_TILE_MAX, 16);
+	return round_up_u64(grid_weight_tile_max(weights, rows), 16);
 }
 
-struct scratch linear_backward_scratch(uint32_t n_mb, uint64_t weights)
+struct scratch linear_backward_scratch(uint32_t n_mb, uint32_t rows, uint64_t weights)
 {
 	/* Slot 0 of the stack is the gradient itself. */
-	uint64_t floats = GEMM_SCRATCH_FLOATS + (tree_slots(n_mb) - 1) * weight_tile_floats(weights);
+	uint64_t floats = GEMM_SCRATCH_FLOATS + (tree_slots(n_mb) - 1) * weight_tile_floats(rows, weights);
 	return (struct scratch){ .per_thread = floats * sizeof(float) };
 }
 
@@ -195,9 +195,9 @@ void cpu_linear_backward(struct k_stream *s, const struct k_linear_backward *a)
 		.s = s,
 		.a = a,
 		.data = grid_activation(a->rows, a->in, a->out),
-		.weight = a->w_out_in ? grid_weight(a->out, a->in) : grid_weight(a->in, a->out),
-		.ws = workspace_take(s, linear_backward_scratch(a->n_mb, weights)),
-		.tile_floats = weight_tile_floats(weights),
+		.weight = a->w_out_in ? grid_weight(a->out, a->in, a->rows) : grid_weight(a->in, a->out, a->rows),
+		.ws = workspace_take(s, linear_backward_scratch(a->n_mb, a->rows, weights)),
+		.tile_floats = weight_tile_floats(a->rows, weights),
 	};
 	j.weight_tasks = a->dw ? grid_tiles(&j.weight) : 0;
 	j.data_tasks = a->dx ? a->n_mb * grid_tiles(&j.data) : 0;

@@ -61,8 +61,9 @@ static size_t cpu_workspace_bytes(const struct k_dims *d, unsigned threads)
 	uint64_t rows = (uint64_t)d->batch * d->seq;
 	const struct scratch need[] = {
 		linear_scratch(),
-		linear_backward_scratch(n_mb, largest_weight(d)),
+		linear_backward_scratch(n_mb, (uint32_t)rows, largest_weight(d)),
 		attention_scratch(d->seq, d->seq, true),
+		rotary_backward_scratch(n_mb, d->head_dim),
 		embed_backward_scratch(n_mb, rows, d->vocab, d->channels),
 		xent_scratch(n_mb, rows),
 		state_scratch(),
@@ -219,6 +220,10 @@ static const struct k_ops cpu_ops = {
 	.residual = cpu_residual,
 	.linear = cpu_linear,
 	.linear_backward = cpu_linear_backward,
+	.rotary = cpu_rotary,
+	.rotary_backward = cpu_rotary_backward,
+	.glu = cpu_glu,
+	.glu_backward = cpu_glu_backward,
 	.attention = cpu_attention,
 	.attention_backward = cpu_attention_backward,
 	.xent = cpu_xent,

@@ -140,6 +140,82 @@ void ISA(act_grad)(const struct rect *t, const float *pre, enum k_activation act
 	}
 }
 
+INLINE void glu_all(const float *gate, const float *up, float *y, uint32_t n, enum k_activation act)
+{
+	uint32_t i = 0, left;
+
+	for (; i + VF <= n; i += VF)
+		vf_store(y + i, act_value(vf_load(gate + i), act) * vf_load(up + i));
+	left = n - i;
+	if (left) {
+		vf v = act_value(vf_load_n(gate + i, left, 0.0f), act) * vf_load_n(up + i, left, 0.0f);
+		vf_store_n(y + i, v, left);
+	}
+}
+
+void ISA(glu)(const float *gate, const float *up, float *y, uint32_t n, enum k_activation act)
+{
+	switch (act) {
+	case K_ACT_NONE:
+		glu_all(gate, up, y, n, K_ACT_NONE);
+		break;
+	case K_ACT_GELU_TANH:
+		glu_all(gate, up, y, n, K_ACT_GELU_TANH);
+		break;
+	case K_ACT_GELU_ERF:
+		glu_all(gate, up, y, n, K_ACT_GELU_ERF);
+		break;
+	case K_ACT_RELU:
+		glu_all(gate, up, y, n, K_ACT_RELU);
+		break;
+	case K_ACT_SILU:
+		glu_all(gate, up, y, n, K_ACT_SILU);
+		break;
+	}
+}
+
+INLINE void glu_back_all(const float *gate, const float *up, const float *dy, float *dgate, float *dup, uint32_t n,
+			 enum k_activation act)
+{
+	for (uint32_t i = 0; i < n; i += VF) {
+		const uint32_t left = n - i;
+		const bool whole = left >= VF;
+		vf x = whole ? vf_load(gate + i) : vf_load_n(gate + i, left, 0.0f);
+		vf u = whole ? vf_load(up + i) : vf_load_n(up + i, left, 0.0f);
+		vf g = whole ? vf_load(dy + i) : vf_load_n(dy + i, left, 0.0f);
+		vf dx = g * u * act_slope(x, act), du = g * act_value(x, act);
+		if (whole) {
+			vf_store(dgate + i, dx);
+			vf_store(dup + i, du);
+		} else {
+			vf_store_n(dgate + i, dx, left);
+			vf_store_n(dup + i, du, left);
+		}
+	}
+}
+
+void ISA(glu_back)(const float *gate, const float *up, const float *dy, float *dgate, float *dup, uint32_t n,
+		   enum k_activation act)
+{
+	switch (act) {
+	case K_ACT_NONE:
+		glu_back_all(gate, up, dy, dgate, dup, n, K_ACT_NONE);
+		break;
+	case K_ACT_GELU_TANH:
+		glu_back_all(gate, up, dy, dgate, dup, n, K_ACT_GELU_TANH);
+		break;
+	case K_ACT_GELU_ERF:
+		glu_back_all(gate, up, dy, dgate, dup, n, K_ACT_GELU_ERF);
+		break;
+	case K_ACT_RELU:
+		glu_back_all(gate, up, dy, dgate, dup, n, K_ACT_RELU);
+		break;
+	case K_ACT_SILU:
+		glu_back_all(gate, up, dy, dgate, dup, n, K_ACT_SILU);
+		break;
+	}
+}
+
 void ISA(add_rect)(const struct rect *dst, const float *src, size_t src_ld)
 {
 	for (uint32_t r = 0; r < dst->rows; r++) {

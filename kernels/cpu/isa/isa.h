@@ -45,6 +45,15 @@ struct rect {
 	uint32_t rows, cols;
 };
 
+/* One row of heads: elements i and rot / 2 + i of each head are turned by the angle, or back; the rest is copied. */
+struct turn {
+	const float *x;
+	float *out; /* may be x */
+	uint32_t heads, head_dim, rot;
+	const float *cos, *sin; /* [rot / 2], of the row's position */
+	bool back;
+};
+
 /* Softmax of a block of query rows; row r sees the first first_visible + r keys of its width. */
 struct attn_rows {
 	float *s; /* [rows][ld] scores, q k^T; becomes probabilities */
@@ -81,6 +90,12 @@ typedef void residual_fn(const float *x, const float *branch, float *out, uint64
 			 uint64_t first);
 /* out = mask * (a + b); b may be NULL. */
 typedef void embed_row_fn(const float *a, const float *b, float *out, uint32_t n, const struct drop *d, uint64_t first);
+/* y = act(gate) * up */
+typedef void glu_fn(const float *gate, const float *up, float *y, uint32_t n, enum k_activation act);
+/* dgate may be gate, dup may be up, either may be dy. */
+typedef void glu_back_fn(const float *gate, const float *up, const float *dy, float *dgate, float *dup, uint32_t n,
+			 enum k_activation act);
+typedef void rotary_row_fn(const struct turn *t);
 /* One row; drop_first: the row's first element. */
 typedef void norm_row_fn(const struct k_norm *a, uint64_t row, const struct drop *d, uint64_t drop_first);
 typedef void norm_back_row_fn(const struct k_norm_backward *a, uint64_t row);
@@ -116,6 +131,9 @@ struct isa_ops {
 	col_sum_fn *col_sum;
 	residual_fn *residual;
 	embed_row_fn *embed_row;
+	glu_fn *glu;
+	glu_back_fn *glu_back;
+	rotary_row_fn *rotary_row;
 	norm_row_fn *norm_row;
 	norm_back_row_fn *norm_back_row;
 	norm_back_cols_fn *norm_back_cols;
@@ -150,6 +168,9 @@ add_rect_fn ISA(add_rect);
 col_sum_fn ISA(col_sum);
 residual_fn ISA(residual);
 embed_row_fn ISA(embed_row);
+glu_fn ISA(glu);
+glu_back_fn ISA(glu_back);
+rotary_row_fn ISA(rotary_row);
 norm_row_fn ISA(norm_row);
 norm_back_row_fn ISA(norm_back_row);
 norm_back_cols_fn ISA(norm_back_cols);

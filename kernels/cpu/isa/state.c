@@ -17,8 +17,8 @@ static inline void add_squares(struct lanes16d *sq, int h, vf x)
 		vf_half half[2];
 	} u = { .whole = x };
 	vd lo = __builtin_convertvector(u.half[0], vd), hi = __builtin_convertvector(u.half[1], vd);
-	sq->v[2 * h] += lo * lo;
-	sq->v[2 * h + 1] += hi * hi;
+	sq->v[2 * h] = vd_fma_exact(lo, lo, sq->v[2 * h]);
+	sq->v[2 * h + 1] = vd_fma_exact(hi, hi, sq->v[2 * h + 1]);
 }
 
 static double lanes16d_sum(const struct lanes16d *sq)
@@ -31,45 +31,67 @@ static double lanes16d_sum(const struct lanes16d *sq)
 	return l[0];
 }
 
-static inline vf fold_part(float *dst, const float *a, const float *b)
-{
-	vf v = vf_load(a);
-	if (b) {
-		__builtin_prefetch(b + AHEAD);
-		v += vf_load(b);
-	}
-	__builtin_prefetch(a + AHEAD);
-	if (b || dst != a)
-		vf_store(dst, v);
-	return v;
-}
+enum fold_store { FOLD_KEEP, FOLD_STORE, FOLD_STREAM };
 
-static double fold_chunk_square(float *dst, const float *a, const float *b)
+static inline __attribute__((always_inline)) void fold_chunk(float *dst, const float *a, const float *b,
+							     enum fold_store store, struct lanes16d *sq)
 {
-	struct lanes16d sq;
-
-	memset(&sq, 0, sizeof(sq));
-	for (uint32_t i = 0; i < K_CHUNK; i += 16)
+	for (uint32_t i = 0; i < K_CHUNK; i += 16) {
+		__builtin_prefetch(a + i + AHEAD);
+		if (b)
+			__builtin_prefetch(b + i + AHEAD);
 		for (int h = 0; h < VH; h++) {
 			uint32_t j = i + (uint32_t)h * VF;
-			add_squares(&sq, h, fold_part(dst + j, a + j, b ? b + j : NULL));
+			vf v = vf_load(a + j);
+			if (b)
+				v += vf_load(b + j);
+			if (store == FOLD_STORE)
+				vf_store(dst + j, v);
+			else if (store == FOLD_STREAM)
+				vf_stream(dst + j, v);
+			if (sq)
+				add_squares(sq, h, v);
 		}
-	return lanes16d_sum(&sq);
+	}
+}
+
+/* One chunk; its shape is picked here, once, and not in the loop. */
+static void fold_pick(float *dst, const float *a, const float *b, enum fold_store store, struct lanes16d *sq)
+{
+	if (store == FOLD_STREAM)
+		b ? fold_chunk(dst, a, b, FOLD_STREAM, sq) : fold_chunk(dst, a, NULL, FOLD_STREAM, sq);
+	else if (store == FOLD_STORE)
+		b ? fold_chunk(dst, a, b, FOLD_STORE, sq) : fold_chunk(dst, a, NULL, FOLD_STORE, sq);
+	else
+		fold_chunk(dst, a, NULL, FOLD_KEEP, sq);
+}
+
+/*
+ * A sum that goes elsewhere is streamed: it is not needed before the next
+ * contribution comes, and reading its old bytes into the cache would be a third
+ * of the traffic.
+ */
+static enum fold_store fold_store_of(const float *dst, const float *a, const float *b)
+{
+	if (dst == a && !b)
+		return FOLD_KEEP;
+	return dst == a || dst == b || (uintptr_t)dst % sizeof(vf) ? FOLD_STORE : FOLD_STREAM;
 }
 
 void ISA(fold)(float *dst, const float *a, const float *b, uint64_t n, struct exact_sum *sum)
 {
-	for (uint64_t at = 0; at < n; at += K_CHUNK) {
-		const float *bc = b ? b + at : NULL;
+	const enum fold_store store = fold_store_of(dst, a, b);
 
+	if (store == FOLD_KEEP && !sum)
+		return;
+	for (uint64_t at = 0; at < n; at += K_CHUNK) {
+		struct lanes16d sq = { 0 };
+		fold_pick(dst + at, a + at, b ? b + at : NULL, store, sum ? &sq : NULL);
 		if (sum)
-			exact_sum_add(sum, fold_chunk_square(dst + at, a + at, bc));
-		else if (bc)
-			for (uint32_t i = 0; i < K_CHUNK; i += VF)
-				fold_part(dst + at + i, a + at + i, bc + i);
-		else if (dst != a)
-			memcpy(dst + at, a + at, K_CHUNK * sizeof(float));
+			exact_sum_add(sum, lanes16d_sum(&sq));
 	}
+	if (store == FOLD_STREAM)
+		vf_stream_end();
 }
 
 static inline __attribute__((always_inline)) void adam_part(float *p, float *m, float *v, const float *grad,

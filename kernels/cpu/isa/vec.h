@@ -102,6 +102,38 @@ static inline vf vf_sqrt(vf v)
 #endif
 }
 
+/* Past the caches, where the instruction set can; p is a multiple of a vector. */
+static inline void vf_stream(float *p, vf v)
+{
+#if VF == 16
+	_mm512_stream_ps(p, (__m512)v);
+#elif VF == 8
+	_mm256_stream_ps(p, (__m256)v);
+#else
+	vf_store(p, v);
+#endif
+}
+
+/* Orders streamed stores before what follows. */
+static inline void vf_stream_end(void)
+{
+#if VF >= 8
+	_mm_sfence();
+#endif
+}
+
+/* a * b + c for products that are exact in double: fused or not, the same bits. */
+static inline vd vd_fma_exact(vd a, vd b, vd c)
+{
+#if VF == 16
+	return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif VF == 8
+	return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+	return a * b + c;
+#endif
+}
+
 /* a * b + c, fused where the instruction set can: only for products, whose bits belong to the profile. */
 static inline vf vf_fma(vf a, vf b, vf c)
 {
