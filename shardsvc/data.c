@@ -127,7 +127,8 @@ static void idle(struct data *d)
 	do {
 		kind = (enum wait_kind)atomic_load_explicit(&d->idle_kind, memory_order_relaxed);
 		if (kind != told)
-			wait_begin(d->wait, kind, atomic_load_explicit(&d->idle_step, memory_order_relaxed), 0, 0, 0);
+			wait_begin(d->wait, kind, atomic_load_explicit(&d->idle_step, memory_order_relaxed),
+				   (uint32_t)atomic_load_explicit(&d->idle_unit, memory_order_relaxed), 0, 0);
 		told = kind;
 	} while (!ring_wait(&d->jobs, LOOK_NS));
 	wait_end(d->wait);

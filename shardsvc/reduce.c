@@ -394,6 +394,7 @@ static void note_wait(struct shard *s)
 	}
 	atomic_store_explicit(&s->data.idle_kind, kind, memory_order_relaxed);
 	atomic_store_explicit(&s->data.idle_step, s->open_step, memory_order_relaxed);
+	atomic_store_explicit(&s->data.idle_unit, unit, memory_order_relaxed);
 	if (kind == WAIT_NONE) {
 		wait_end(w);
 		return;

@@ -199,7 +199,7 @@ struct data {
 	struct wait_record *wait;
 	_Atomic uint32_t
 		idle_kind; /* enum wait_kind: what an idle data thread waits for, as the control thread knows */
-	_Atomic uint64_t idle_step;
+	_Atomic uint64_t idle_step, idle_unit;
 	_Atomic uint64_t folds, fold_bytes, applies, apply_nanoseconds, busy_nanoseconds;
 };
 
