@@ -28,7 +28,7 @@ fi
 echo "== build"
 mkdir -p build/quickstart
 cmake --preset release >build/quickstart/configure.log
-cmake --build --preset release -- --quiet
+cmake --build --preset release --target meshctl shardsvc worker -- --quiet
 
 work=build/quickstart
 cat "${texts[@]}" >"$work/text.txt"
