@@ -54,11 +54,14 @@ struct turn {
 	bool back;
 };
 
-/* Softmax of a block of query rows; row r sees the first first_visible + r keys of its width. */
+/*
+ * Softmax of a block of query rows; row r sees the first first_visible + r keys of its width, and of those only the
+ * last `window` (0: all).
+ */
 struct attn_rows {
 	float *s; /* [rows][ld] scores, q k^T; becomes probabilities */
 	size_t ld;
-	uint32_t rows, width, first_visible;
+	uint32_t rows, width, first_visible, window;
 	float scale;
 	struct drop drop;
 	uint64_t drop_first; /* element of row 0, key 0 */

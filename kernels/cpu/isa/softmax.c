@@ -68,17 +68,30 @@ static float row_exp(const float *x, float *e, uint32_t n, float scale, float ma
 	return acc16_sum(&total);
 }
 
+/* The keys that row r sees, from the first of them to *end. */
+static uint32_t visible(const struct attn_rows *a, uint32_t r, uint32_t *end)
+{
+	*end = a->first_visible + r;
+	return a->window && *end > a->window ? *end - a->window : 0;
+}
+
+static void clear_invisible(float *row, uint32_t first, uint32_t end, uint32_t width)
+{
+	memset(row, 0, first * sizeof(float));
+	memset(row + end, 0, (width - end) * sizeof(float));
+}
+
 void ISA(attn_softmax)(const struct attn_rows *a, float *sum, float *max)
 {
 	for (uint32_t r = 0; r < a->rows; r++) {
-		float *s = a->s + r * a->ld;
-		uint32_t n = a->first_visible + r;
+		uint32_t end, first = visible(a, r, &end), n = end - first;
+		float *row = a->s + r * a->ld, *s = row + first;
 
 		max[r] = row_max(s, n, a->scale);
 		sum[r] = row_exp(s, s, n, a->scale, max[r]);
-		memset(s + n, 0, (a->width - n) * sizeof(float));
+		clear_invisible(row, first, end, a->width);
 		if (a->drop.threshold)
-			ISA(residual)(NULL, s, s, n, &a->drop, a->drop_first + r * a->drop_row);
+			ISA(residual)(NULL, s, s, n, &a->drop, a->drop_first + r * a->drop_row + first);
 	}
 }
 
@@ -114,16 +127,16 @@ void ISA(attn_backward)(const struct attn_rows *a, float *dp, const float *lse, 
 
 	for (uint32_t r = 0; r < a->rows; r++) {
 		float *s = a->s + r * a->ld, *g = dp + r * a->ld;
-		uint32_t n = a->first_visible + r;
+		uint32_t end, first = visible(a, r, &end);
 
-		for (uint32_t i = 0; i < n; i += MASK_BLOCK) {
-			uint32_t take = n - i < MASK_BLOCK ? n - i : MASK_BLOCK;
+		for (uint32_t i = first; i < end; i += MASK_BLOCK) {
+			uint32_t take = end - i < MASK_BLOCK ? end - i : MASK_BLOCK;
 			if (a->drop.threshold)
 				ISA(dropout)(&a->drop, a->drop_first + r * a->drop_row + i, take, mask);
 			attn_backward_part(s + i, g + i, a->drop.threshold ? mask : NULL, take, a->scale, lse[r], d[r]);
 		}
-		memset(s + n, 0, (a->width - n) * sizeof(float));
-		memset(g + n, 0, (a->width - n) * sizeof(float));
+		clear_invisible(s, first, end, a->width);
+		clear_invisible(g, first, end, a->width);
 	}
 }
 
