@@ -8,6 +8,7 @@
 #include "shardsvc/shard.h"
 
 #include <assert.h>
+#include <errno.h>
 
 static void wait_for(struct engine *g)
 {
@@ -15,6 +16,12 @@ static void wait_for(struct engine *g)
 
 	g->ops->event_record(g->stream, &done);
 	g->ops->event_wait(g->stream, &done);
+}
+
+/* A large share takes longer than an ending process has. */
+static bool is_stopped(const struct engine *g)
+{
+	return g->stop && atomic_load_explicit(g->stop, memory_order_relaxed);
 }
 
 static void publish(struct store *s, const struct apply_job *j, uint32_t units_done)
@@ -56,12 +63,14 @@ static void hash_unit(struct engine *g, const struct store *s, uint32_t unit, st
 	}
 }
 
-void engine_apply(struct engine *g, struct store *s, const struct apply_job *j, struct hash128 *hash)
+int engine_apply(struct engine *g, struct store *s, const struct apply_job *j, struct hash128 *hash)
 {
 	uint32_t n_units = s->table->n_units;
 
 	assert(n_units <= UINT16_MAX && j->step <= UINT32_MAX);
 	for (uint32_t u = 0; u < n_units && !j->skip; u++) {
+		if (is_stopped(g))
+			return -ECANCELED;
 		if (!s->unit[u].share.n)
 			continue;
 		adam_unit(g, s, j, u);
@@ -70,9 +79,10 @@ void engine_apply(struct engine *g, struct store *s, const struct apply_job *j, 
 	}
 	publish(s, j, n_units);
 	*hash = (struct hash128){ 0 };
-	for (uint32_t u = 0; u < n_units && j->hash_wanted; u++)
+	for (uint32_t u = 0; u < n_units && j->hash_wanted && !is_stopped(g); u++)
 		hash_unit(g, s, u, hash);
 	wait_for(g);
+	return is_stopped(g) ? -ECANCELED : 0;
 }
 
 void store_publish_initial(struct store *s, uint32_t branch)

@@ -55,7 +55,7 @@ static void do_fold(struct data *d, const struct job *j, struct job_done *out)
 
 static void do_apply(struct data *d, const struct job *j, struct job_done *out, uint64_t began)
 {
-	engine_apply(&d->engine, d->store, &j->apply, &out->hash);
+	out->status = engine_apply(&d->engine, d->store, &j->apply, &out->hash);
 	out->step = j->apply.step;
 	out->has_hash = j->apply.hash_wanted;
 	count(&d->applies, 1);
@@ -81,7 +81,8 @@ static void do_job(struct data *d, const struct job *j)
 	case JOB_STOP:
 		return;
 	}
-	out.status = d->engine.ops->stream_error(d->engine.stream);
+	if (!out.status)
+		out.status = d->engine.ops->stream_error(d->engine.stream);
 	out.nanoseconds = clock_now_ns() - began;
 	count(&d->busy_nanoseconds, out.nanoseconds);
 	if (!ring_push(&d->done, &out))
@@ -98,6 +99,7 @@ static int open_stream(struct data *d)
 	};
 
 	d->engine.ops = k_cpu_ops();
+	d->engine.stop = &d->stop;
 	return d->engine.ops->stream_open(&cfg, &d->engine.stream, &d->start_error);
 }
 

@@ -375,9 +375,12 @@ static void on_event(struct shard *s, const struct fab_event *ev)
 			inbox_notice(p, ev->imm);
 		break;
 	case FAB_EV_DOWN:
-		/* Of one that is gone: its endpoint went with it. */
-		if (p && !p->closing && p->conn)
-			peer_refuse(p, "its fabric connection is lost: %s", strerror(-ev->status));
+		/* Of one that is gone: its endpoint went with it. One that dies is often noticed here first. */
+		if (p && !p->closing && p->conn) {
+			log_info(&s->log, "%s: its fabric connection is lost: %s", conn_peer_text(p->conn),
+				 strerror(-ev->status));
+			peer_close(p, "its fabric connection is lost");
+		}
 		break;
 	case FAB_EV_CONNECTED:
 	case FAB_EV_READ:

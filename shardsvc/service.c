@@ -289,15 +289,12 @@ const struct member_ops shard_member_ops = {
 
 /* --------------------------------------------------------------------- end */
 
-/* "RssAnon:     1234 kB" of /proc/self/status, in bytes; 0 when it is not there. */
+/* What "RssAnon:" and the like of /proc/self/status say, in bytes; 0 when it is not there. */
 static uint64_t status_field(const char *text, const char *name)
 {
 	const char *at = strstr(text, name);
-	unsigned long long kib = 0;
 
-	if (!at || sscanf(at + strlen(name), ": %llu kB", &kib) != 1)
-		return 0;
-	return kib * 1024;
+	return at ? strtoull(at + strlen(name), NULL, 10) * 1024 : 0;
 }
 
 void service_log_memory(struct shard *s)
@@ -311,11 +308,11 @@ void service_log_memory(struct shard *s)
 	for (uint32_t i = 0; i < s->n_slots; i++)
 		if (s->peer[i] && s->peer[i]->inbox)
 			own += s->plan.inbox_elements * sizeof(float);
-	anonymous = status_field(status, "RssAnon");
+	anonymous = status_field(status, "RssAnon:");
 	log_info(&s->log, "memory: %s planned, %s used: %s private, %s shared of our own; most resident at once %s",
 		 bytes_text(s->plan.mem.total, text[0]), bytes_text(anonymous + own, text[1]),
 		 bytes_text(anonymous, text[2]), bytes_text(own, text[3]),
-		 bytes_text(status_field(status, "VmHWM"), text[4]));
+		 bytes_text(status_field(status, "VmHWM:"), text[4]));
 	free(status);
 }
 

@@ -117,6 +117,7 @@ void store_fill_unit(struct store *s, uint32_t unit, uint64_t seed);
 struct engine {
 	const struct k_ops *ops;
 	struct k_stream *stream;
+	const _Atomic bool *stop; /* NULL, or true when the process is ending: whatever is under way may be left */
 	struct k_fold_seg seg[FOLD_SEGS_MAX];
 };
 
@@ -146,8 +147,8 @@ struct apply_job {
 	bool hash_wanted;
 	struct k_adam adam; /* all but the pointers and n */
 };
-/* Adam in forward order, each unit published when it is done; then the hash, if wanted, into *hash. */
-void engine_apply(struct engine *g, struct store *s, const struct apply_job *j, struct hash128 *hash);
+/* Adam in forward order, each unit published when it is done; then the hash, if wanted, into *hash. 0, or -ECANCELED. */
+int engine_apply(struct engine *g, struct store *s, const struct apply_job *j, struct hash128 *hash);
 /* What readers may see: all units of version 0. */
 void store_publish_initial(struct store *s, uint32_t branch);
 

@@ -2,6 +2,8 @@
 /* First parameters, Adam and the hash: the same bits however the pages are dealt out. */
 #include "tests/unit/test_shardsvc.h"
 
+#include <errno.h>
+
 #define SEED 1234u
 #define STEPS 3u
 
@@ -55,7 +57,7 @@ static void train(struct engine *e, struct store *s, struct hash128 hash[STEPS +
 		const struct apply_job j = job_of(step);
 
 		set_gradient(s, step);
-		engine_apply(e, s, &j, &hash[step]);
+		assert_int_equal(engine_apply(e, s, &j, &hash[step]), 0);
 	}
 }
 
@@ -189,7 +191,7 @@ static void versions_are_published(void **state)
 	/* One word a unit, since all have pages here. */
 	j.hash_wanted = false;
 	set_gradient(s, STEPS + 1);
-	engine_apply(&w->e.engine, s, &j, &hash);
+	assert_int_equal(engine_apply(&w->e.engine, s, &j, &hash), 0);
 	assert_int_equal(atomic_load(&s->progress->signal), signal + w->t.n_units);
 	assert_true(hash.lo == 0 && hash.hi == 0);
 	assert_true(s->p[0] != before);
@@ -197,9 +199,24 @@ static void versions_are_published(void **state)
 	before = s->p[0];
 	j.step++;
 	j.skip = true;
-	engine_apply(&w->e.engine, s, &j, &hash);
+	assert_int_equal(engine_apply(&w->e.engine, s, &j, &hash), 0);
 	assert_true(s->p[0] == before);
 	assert_int_equal(atomic_load(&s->progress->word), fab_progress_word(0, STEPS + 2, (uint16_t)w->t.n_units));
+}
+
+/* A process that ends does not finish a long pass, and nobody is told of a version that is not there. */
+static void an_apply_can_be_left(void **state)
+{
+	const _Atomic bool stop = true;
+	struct world *w = *state;
+	struct store *s = &w->whole.store;
+	uint64_t word = atomic_load(&s->progress->word);
+	const struct apply_job j = job_of(STEPS + 1);
+	struct hash128 hash;
+
+	w->e.engine.stop = &stop;
+	assert_int_equal(engine_apply(&w->e.engine, s, &j, &hash), -ECANCELED);
+	assert_int_equal(atomic_load(&s->progress->word), word);
 }
 
 /* ----------------------------------------------------------- first parameters */
@@ -298,6 +315,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(bits_and_hash_do_not_depend_on_the_partition, open_world, close_world),
 		cmocka_unit_test_setup_teardown(apply_is_adam_of_the_whole_vector, open_world, close_world),
 		cmocka_unit_test_setup_teardown(versions_are_published, open_world, close_world),
+		cmocka_unit_test_setup_teardown(an_apply_can_be_left, open_world, close_world),
 		cmocka_unit_test(first_parameters_are_the_models),
 		cmocka_unit_test(first_parameters_do_not_depend_on_the_partition),
 	};
