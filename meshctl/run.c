@@ -174,9 +174,12 @@ static void on_child(evutil_socket_t number, short what, void *ctx)
 	(void)number;
 	(void)what;
 	while ((c = launcher_reap(&r->launcher))) {
+		/* Once the coordinator has said why the job ends, a member that exits for that reason is no news. */
+		bool news = WIFSIGNALED(c->status) || (WEXITSTATUS(c->status) && !r->said_why);
+
 		if (c == r->coordinator) {
 			coordinator_ended(r);
-		} else if (!r->over && !(WIFEXITED(c->status) && !WEXITSTATUS(c->status))) {
+		} else if (!r->over && news) {
 			child_epitaph(c, text, sizeof(text));
 			say(r, text);
 		}
@@ -324,6 +327,8 @@ static int run_job(struct run *r)
 		fprintf(stderr, "meshctl run: %s\n", e.text);
 		return e.code == -EINVAL || e.code == -ENOMEM ? EXIT_CONFIG : EXIT_JOB_FAILED;
 	}
+	for (uint32_t i = 0; i < r->config->n_notes; i++)
+		printf("note: %s\n", r->config->note[i]);
 	fflush(stdout);
 	progress_init(&r->progress, stdout, r->config);
 	r->self.base = event_base_new();

@@ -48,7 +48,7 @@ def variants(directory):
     same_bits("recompute", one(directory, "recompute", activations="recompute"), want)
     same_bits("held", one(directory, "held", "--workers", 3, max_held_nodes=1), want)
     same_bits("held-copy", one(directory, "held-copy", "--workers", 3, "--fabric", "local-copy", max_held_nodes=1), want)
-    same_bits("spill", one(directory, "spill", "--workers", 3, partial_sum_memory=65536), want)
+    same_bits("spill", one(directory, "spill", "--workers", 3, partial_sum_memory=2 << 17), want)
 
 
 def by_hand(directory):
