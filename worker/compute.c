@@ -325,7 +325,8 @@ static void *compute_main(void *arg)
 		if (waiting == c->busy) {
 			waiting = !c->busy;
 			if (waiting)
-				wait_begin(record(c), WAIT_LEASE, c->now.span.step, 0, 0, 0);
+				wait_begin(record(c), c->now.lease ? WAIT_LEASE : WAIT_MEMBERS, c->now.span.step, 0, 0,
+					   0);
 			else
 				wait_end(record(c));
 		}
