@@ -182,8 +182,9 @@ static void block_forward(const struct attention_job *j, const struct block *b, 
 	};
 	stream_gemm(j->s, &g, scratch);
 	float *lse = a->lse ? a->lse + ((size_t)b->sample * a->heads + b->head) * a->q_len + b->row : NULL;
+	/* The largest score gives 1 to its row's sum; a sum that is no number keeps being none, det_log is for numbers. */
 	for (uint32_t r = 0; lse && r < b->rows; r++)
-		lse[r] = max[r] + (float)det_log((double)sum[r]);
+		lse[r] = max[r] + (sum[r] >= 1.0f ? (float)det_log((double)sum[r]) : sum[r]);
 	for (uint32_t r = 0; r < b->rows; r++)
 		sum[r] = 1.0f / sum[r];
 	const struct rect t = { .p = out, .ld = a->out_stride, .rows = b->rows, .cols = a->head_dim };
