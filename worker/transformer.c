@@ -198,7 +198,8 @@ struct k_dropout net_dropout(const struct net *n, uint32_t layer, enum dropout_s
 
 float net_attention_scale(const struct model_config *m, uint32_t layer)
 {
-	float scale = m->scale_attn_weights ? 1.0f / sqrtf((float)(m->n_embd / m->n_head)) : 1.0f;
+	uint32_t head_dim = m->n_embd / m->n_head;
+	float scale = m->scale_attn_weights ? 1.0f / sqrtf((float)head_dim) : 1.0f;
 
 	return m->scale_attn_by_inverse_layer_idx ? scale / (float)(layer + 1) : scale;
 }
