@@ -114,6 +114,13 @@ static inline void assert_bits(const char *what, const void *a, const void *b, s
 			fail_msg("%s: bits differ at byte %zu of %zu", what, i, bytes);
 }
 
+/* As test_floats left them. */
+static inline void assert_unwritten(const float *p, size_t n)
+{
+	for (size_t i = 0; i < n * sizeof(float); i++)
+		assert_int_equal(((const uint8_t *)p)[i], 0xff);
+}
+
 /*
  * grad[n] against central differences of loss(ctx) in the double variables x[n], at no more than
  * `samples` places, to tolerance times the gradient's largest magnitude.

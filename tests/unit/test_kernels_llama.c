@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the Llama family adds: RMSNorm, data gradients that add, rotary positions
- * with or without a norm of each head, gated linear units, and attention with a
- * window or packed documents; then a layer of it all on any number of threads.
+ * with or without a norm of each head, gated linear units.
  */
 #include "tests/unit/test_kernels.h"
 
@@ -40,12 +39,6 @@ static float *inputs(struct bag *b, size_t n, uint64_t stream, double size)
 static double *doubles(struct bag *b, const float *x, size_t n)
 {
 	return keep(b, test_doubles(x, n));
-}
-
-static void assert_unwritten(const float *p, size_t n)
-{
-	for (size_t i = 0; i < n * sizeof(float); i++)
-		assert_int_equal(((const uint8_t *)p)[i], 0xff);
 }
 
 /* ------------------------------------------------------------------ RMSNorm */
