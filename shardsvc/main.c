@@ -13,8 +13,6 @@
 #define JOIN_TIMEOUT_NS (60 * 1000000000ull)
 #define RESOLVE_AGAIN_NS (200 * 1000000ull)
 #define TICK_US 500000
-/* Where a launcher's own standard error is, for warnings. */
-#define LAUNCHER_FD 3
 
 struct flags {
 	const char *token_file, *job, *log_level, *log_format;
@@ -75,15 +73,12 @@ static void on_signal(evutil_socket_t number, short what, void *ctx)
 	shard_end(ctx, 128 + (uint32_t)number, false, "ended by signal %d", (int)number);
 }
 
-/* Under a launcher Ctrl-C is the launcher's: it decides what becomes of the job. */
-static int watch_signals(struct shard *s, bool launched, struct err *e)
+static int watch_signals(struct shard *s, struct err *e)
 {
 	static const int numbers[] = { SIGTERM, SIGINT };
 
 	signal(SIGPIPE, SIG_IGN);
-	if (launched)
-		signal(SIGINT, SIG_IGN);
-	for (uint32_t i = 0; i < (launched ? 1u : ARRAY_LEN(numbers)); i++) {
+	for (uint32_t i = 0; i < ARRAY_LEN(numbers); i++) {
 		s->signal_event[i] = evsignal_new(s->self.base, numbers[i], on_signal, s);
 		if (!s->signal_event[i] || evsignal_add(s->signal_event[i], NULL))
 			return err_set(e, -ENOMEM, "no memory for an event");
@@ -105,7 +100,7 @@ static int listen_for_workers(struct shard *s, struct err *e)
 	return rc;
 }
 
-static int open_all(struct shard *s, bool launched, struct err *e)
+static int open_all(struct shard *s, struct err *e)
 {
 	const struct timeval tick = { .tv_usec = TICK_US };
 	struct member_link_config cfg = {
@@ -119,7 +114,7 @@ static int open_all(struct shard *s, bool launched, struct err *e)
 
 	if (rc)
 		return rc;
-	rc = watch_signals(s, launched, e);
+	rc = watch_signals(s, e);
 	if (rc)
 		return rc;
 	s->tick_event = event_new(s->self.base, -1, EV_PERSIST, on_tick, s);
@@ -144,7 +139,7 @@ static void close_all(struct shard *s)
 	event_base_free(s->self.base);
 }
 
-static int serve(struct shard *s, bool launched)
+static int serve(struct shard *s)
 {
 	struct err e = { 0 };
 	int rc;
@@ -154,9 +149,9 @@ static int serve(struct shard *s, bool launched)
 		fprintf(stderr, "shardsvc: no event loop\n");
 		return EXIT_JOB_FAILED;
 	}
-	rc = open_all(s, launched, &e);
+	rc = open_all(s, &e);
 	if (rc)
-		shard_end(s, EXIT_JOB_FAILED, false, "%s", e.text);
+		shard_end(s, rc == -EINVAL ? EXIT_USAGE : EXIT_JOB_FAILED, false, "%s", e.text);
 	else
 		event_base_dispatch(s->self.base);
 	if (s->exit_code == EXIT_OK)
@@ -171,7 +166,7 @@ static int serve(struct shard *s, bool launched)
 
 static int usage(const char *text)
 {
-	fprintf(stderr, "shardsvc: %s; try shardsvc --help\n", text);
+	fprintf(stderr, "shardsvc: %s\n", text);
 	return EXIT_USAGE;
 }
 
@@ -269,29 +264,28 @@ static int read_command_line(struct shard *s, int argc, char **argv, bool *servi
 		return EXIT_OK;
 	}
 	if (rest < argc)
-		return usage("takes no operands");
+		return usage("takes no operands; --help lists its flags");
 	*serving = true;
 	return apply_flags(s, &f);
 }
 
 int main(int argc, char **argv)
 {
-	const char *by = getenv("SHARDMESH_LAUNCHED");
-	bool launched = by && !strcmp(by, "1"), serving;
-	struct shard *s = calloc(1, sizeof(*s));
+	/* Rings and counters in it stand on cache lines of their own. */
+	struct shard *s = aligned_alloc(CACHE_LINE, round_up_u64(sizeof(*s), CACHE_LINE));
+	bool serving;
 	int code;
 
 	if (!s)
 		return EXIT_JOB_FAILED;
+	memset(s, 0, sizeof(*s));
 	log_init(&s->log, STDERR_FILENO, "shard");
-	if (launched)
-		s->log.warn_fd = LAUNCHER_FD;
 	s->self.log = &s->log;
 	s->self.role = ROLE_SHARD;
 	register_metrics(s);
 	code = read_command_line(s, argc, argv, &serving);
 	if (code == EXIT_OK && serving)
-		code = serve(s, launched);
+		code = serve(s);
 	free(s);
 	return code;
 }
