@@ -182,6 +182,11 @@ static void on_child(evutil_socket_t number, short what, void *ctx)
 		} else if (!r->over && news) {
 			child_epitaph(c, text, sizeof(text));
 			say(r, text);
+			/* Before the first step the coordinator would wait for a member that cannot come. */
+			if (!r->progress.first_step) {
+				launcher_kill(&r->launcher, SIGKILL);
+				finish(r, WIFEXITED(c->status) ? WEXITSTATUS(c->status) : EXIT_JOB_FAILED);
+			}
 		}
 	}
 	if (r->over && !launcher_alive(&r->launcher))

@@ -83,16 +83,6 @@ static int set_log(struct worker *w, const struct flags *f, struct err *e)
 	return 0;
 }
 
-/* A broken connection is an error code here; a Ctrl-C belongs to the launcher, where there is one. */
-static void set_signals(void)
-{
-	const char *launched = getenv("SHARDMESH_LAUNCHED");
-
-	signal(SIGPIPE, SIG_IGN);
-	if (launched && strcmp(launched, "1") == 0)
-		signal(SIGINT, SIG_IGN);
-}
-
 static struct event_base *new_base(void)
 {
 	struct event_config *cfg = event_config_new();
@@ -179,7 +169,7 @@ int main(int argc, char **argv)
 		free(w);
 		return EXIT_USAGE;
 	}
-	set_signals();
+	signal(SIGPIPE, SIG_IGN); /* a broken connection is an error code here */
 	rc = run(w, &f);
 	free(w);
 	return rc;
