@@ -13,26 +13,82 @@
 
 /* ---------------------------------------------------------- model (config.json) */
 
-enum model_family { FAMILY_GPT2 };
+/* GPT-2, or one of the Llama family: RMSNorm, rotary positions, gated feed-forward, grouped queries. */
+enum model_family { FAMILY_GPT2, FAMILY_LLAMA, FAMILY_MISTRAL, FAMILY_QWEN2, FAMILY_QWEN3, MODEL_FAMILIES };
 
-/* The keys of an HF GPT-2 config.json that change the arithmetic, HF's defaults filled in. */
+/*
+ * Rotary positions (Su et al. 2021) and how their frequencies are stretched for
+ * longer contexts, in the words of transformers' modeling_rope_utils.py.
+ */
+enum rope_type { ROPE_DEFAULT, ROPE_LINEAR, ROPE_DYNAMIC, ROPE_LLAMA3, ROPE_YARN };
+struct rope_config {
+	enum rope_type type;
+	uint32_t rot; /* elements of a head that are turned, from its first on: head_dim; GPT-2: 0 */
+	double theta;
+	double factor;                             /* all types but the default */
+	double low_freq_factor, high_freq_factor;  /* llama3 */
+	double beta_fast, beta_slow;               /* yarn */
+	double attention_factor;                   /* yarn: on cosine and sine; else 1 */
+	bool truncate;                             /* yarn: the ramp between whole dimensions */
+	uint32_t original_max_position_embeddings; /* llama3, yarn */
+};
+
+#define MODEL_LAYERS_MAX 4096u
+
+/*
+ * The keys of an HF config.json that change the arithmetic, HF's defaults
+ * filled in. Names are GPT-2's where both families have the thing: n_embd is
+ * the hidden size, n_inner the feed-forward's, n_positions
+ * max_position_embeddings, layer_norm_epsilon also rms_norm_eps, attn_pdrop
+ * also attention_dropout.
+ */
 struct model_config {
 	enum model_family family;
 	uint32_t vocab_size, n_positions, n_embd, n_layer, n_head, n_inner;
-	uint32_t activation; /* enum k_activation's value: gelu_new, gelu, relu, silu */
+	uint32_t n_kv_head, head_dim; /* n_head queries share n_kv_head keys and values */
+	uint32_t activation;          /* enum k_activation's value: gelu_new, gelu, relu, silu */
 	float layer_norm_epsilon, initializer_range;
 	float embd_pdrop, attn_pdrop, resid_pdrop;
 	bool tie_word_embeddings, scale_attn_weights, scale_attn_by_inverse_layer_idx;
+	/* the Llama family; GPT-2 has every bias and none of the rest */
+	bool attention_bias;     /* of the q, k and v projections */
+	bool attention_out_bias; /* of the o projection */
+	bool mlp_bias;
+	bool qk_norm; /* RMSNorm of every head's q and k before they are turned */
+	struct rope_config rope;
+	uint32_t sliding_window;                  /* keys a query of a windowed layer sees, itself included; 0: all */
+	uint64_t windowed[MODEL_LAYERS_MAX / 64]; /* layers with the window, a bit each: model_layer_window */
 	char *json; /* the whole config.json as it will be written beside the result; malloced */
 };
 
+static inline bool model_is_llama(const struct model_config *m)
+{
+	return m->family != FAMILY_GPT2;
+}
+
+/* The attention window of a layer, as k_attention takes it; 0: none. */
+static inline uint32_t model_layer_window(const struct model_config *m, uint32_t layer)
+{
+	return m->windowed[layer / 64] >> layer % 64 & 1 ? m->sliding_window : 0;
+}
+
 /*
  * text: the JSON of a config.json; name: how messages call it (a path, or
- * "ds.json: shardmesh.model"). Unknown keys that cannot change the arithmetic
- * are kept; keys and values we do not implement are refused by name. -EINVAL.
+ * "ds.json: shardmesh.model"). model_type (default gpt2) names the family.
+ * Unknown keys that cannot change the arithmetic are kept; keys and values we do
+ * not implement are refused by name. -EINVAL.
  */
 int model_config_parse(const char *text, const char *name, struct model_config *out, struct err *e);
 void model_config_release(struct model_config *m);
+
+/*
+ * Cosine and sine of every position's angles, for k_rotary: [positions][rot / 2]
+ * each, yarn's attention_factor applied. The formulas and the fp32 roundings are
+ * those of transformers' modeling_rope_utils.py (rope.c writes them out); powers
+ * and angles by det_*, so the bits are the same everywhere. positions: at most
+ * 2^24; "dynamic" takes it as the sequence's length, as transformers does.
+ */
+void model_rope_tables(const struct model_config *m, uint32_t positions, float *cosine, float *sine);
 
 /* --------------------------------------------------------- job (DeepSpeed JSON) */
 
@@ -263,20 +319,26 @@ void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p);
 
 /*
  * Activation buffers of a span, in floats per micro-batch, each buffer rounded
- * up to a cache line; C channels, H heads, F inner width, V vocabulary, a row a
- * token:
+ * up to a cache line; C channels, H heads and K heads of keys of D elements, F
+ * inner width, V vocabulary, a row a token:
  *   boundary  C: the residual stream into each block and into the head; kept
  *             n_layer + 1 times whatever the mode
- *   inner     ln_1 out C, mean, rstd, qkv 3C, attention out C, lse H, residual
- *             between C, ln_2 out C, mean, rstd, fc before and after its
- *             activation 2F; kept for every block, or once for the block that
- *             is recomputed
- *   scratch   the branch C, the residual's gradient C, one more C, and one of
- *             max(3C, F): once
- *   head      ln_f out C, mean, rstd, logits V: once
+ *   inner     GPT-2: ln_1 out C, mean, rstd, qkv 3C, attention out C, lse H,
+ *             residual between C, ln_2 out C, mean, rstd, fc before and after
+ *             its activation 2F. Llama: norm 1 out C, rstd, q HD, k KD (turned
+ *             in place; with qk_norm they are copies, beside the projections HD,
+ *             KD and their rstd H, K), v KD, attention out HD, lse H, residual
+ *             between C, norm 2 out C, rstd, gate F, up F, their product F. Kept
+ *             for every block, or once for the block that is recomputed
+ *   scratch   once. GPT-2: the branch C, the residual's gradient C, one more C,
+ *             and one of max(3C, F). Llama: C, C, max(C, HD), and one buffer
+ *             that is either F or three, HD and KD and KD
+ *   head      final norm out C, rstd, GPT-2's mean, logits V: once
+ *   tables    Llama: cosine and sine, sequence_length * D / 2 each: once for the
+ *             worker, not for each micro-batch
  */
 struct activation_sizes {
-	uint64_t boundary, inner, scratch, head;
+	uint64_t boundary, inner, scratch, head, tables;
 };
 void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
 			  struct activation_sizes *out);

@@ -66,19 +66,46 @@ static uint64_t buffer(uint64_t rows, uint64_t width)
 	return round_up_u64(rows * width, LINE_FLOATS);
 }
 
-void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
-			  struct activation_sizes *out)
+static void gpt2_sizes(const struct model_config *m, uint64_t rows, struct activation_sizes *out)
 {
-	uint64_t rows = (uint64_t)micro_batch * sequence_length;
 	uint64_t c = buffer(rows, m->n_embd), wide = max_u64(m->n_inner, 3 * (uint64_t)m->n_embd);
 
-	out->boundary = c;
 	/* both norms with mean and rstd, q k v, attention and its lse, the residual between, before and after the gelu */
 	out->inner = 4 * c + 4 * buffer(rows, 1) + buffer(rows, 3 * (uint64_t)m->n_embd) + buffer(rows, m->n_head) +
 		     2 * buffer(rows, m->n_inner);
 	/* the branch, the residual's gradient, another of its width, and the widest: of q k v or of the inner layer */
 	out->scratch = 3 * c + buffer(rows, wide);
 	out->head = c + 2 * buffer(rows, 1) + buffer(rows, m->vocab_size);
+	out->tables = 0;
+}
+
+static void llama_sizes(const struct model_config *m, uint64_t rows, uint32_t sequence_length,
+			struct activation_sizes *out)
+{
+	uint64_t c = buffer(rows, m->n_embd), f = buffer(rows, m->n_inner);
+	uint64_t q = buffer(rows, (uint64_t)m->n_head * m->head_dim);
+	uint64_t kv = buffer(rows, (uint64_t)m->n_kv_head * m->head_dim);
+
+	/* both norms with rstd, q k v, attention and its lse, the residual between, gate, up and their product */
+	out->inner = 3 * c + 2 * buffer(rows, 1) + 2 * q + 2 * kv + buffer(rows, m->n_head) + 3 * f;
+	if (m->qk_norm)
+		out->inner += q + kv + buffer(rows, m->n_head) + buffer(rows, m->n_kv_head);
+	/* the branch, the residual's gradient, the attention's, and those of q k v or of the inner layer */
+	out->scratch = 2 * c + max_u64(c, q) + max_u64(f, q + 2 * kv);
+	out->head = c + buffer(rows, 1) + buffer(rows, m->vocab_size);
+	out->tables = 2 * buffer(sequence_length, m->rope.rot / 2);
+}
+
+void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
+			  struct activation_sizes *out)
+{
+	uint64_t rows = (uint64_t)micro_batch * sequence_length;
+
+	out->boundary = buffer(rows, m->n_embd);
+	if (model_is_llama(m))
+		llama_sizes(m, rows, sequence_length, out);
+	else
+		gpt2_sizes(m, rows, out);
 }
 
 /* Tokens, targets, loss and dropout streams of a span. */
@@ -114,7 +141,8 @@ static uint64_t boundary_bytes(const struct worker_need *n, uint32_t span)
 static uint64_t activation_bytes(const struct worker_need *n, uint32_t span, bool keep)
 {
 	return boundary_bytes(n, span) + blocks_bytes(n, span, keep) +
-	       span * (n->sizes.scratch + n->sizes.head) * sizeof(float) + sample_bytes(&n->c->model, n->rows, span);
+	       span * (n->sizes.scratch + n->sizes.head) * sizeof(float) + n->sizes.tables * sizeof(float) +
+	       sample_bytes(&n->c->model, n->rows, span);
 }
 
 /* Bytes that count against the budget: a budget the user gave is for activations alone. */
@@ -205,6 +233,8 @@ static void add_worker_lines(struct worker_plan *p, const struct worker_need *n,
 			     "of one block, recomputed in backward");
 	mem_plan_add(&p->mem, "scratch", span * n->sizes.scratch * sizeof(float), "of one block's backward");
 	mem_plan_add(&p->mem, "logits", span * n->sizes.head * sizeof(float), "and the final norm");
+	if (n->sizes.tables)
+		mem_plan_add(&p->mem, "rotary tables", n->sizes.tables * sizeof(float), "cosine and sine");
 	mem_plan_add(&p->mem, "samples", sample_bytes(&c->model, n->rows, span), "tokens, targets, dropout streams");
 	mem_plan_add(&p->mem, "workspace", p->workspace_bytes, "of the kernels");
 }

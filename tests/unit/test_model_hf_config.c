@@ -148,8 +148,9 @@ static void test_messages(void **state)
 		  "config.json:1: layer_norm_eps: unknown key; did you mean \"layer_norm_epsilon\"?" },
 		{ "{\"n_embd\": 64, \"hidden_size\": 32}",
 		  "config.json:1: hidden_size: means the same as n_embd, which is given another value" },
-		{ "{\"model_type\": \"llama\"}",
-		  "config.json:1: model_type: \"llama\" is not built; the GPT-2 family is: \"gpt2\"" },
+		{ "{\"model_type\": \"bloom\"}",
+		  "config.json:1: model_type: \"bloom\" is not built; \"gpt2\", \"llama\", "
+		  "\"mistral\", \"qwen2\" and \"qwen3\" are" },
 		{ "{\"architectures\": [\"GPT2ForSequenceClassification\"]}",
 		  "config.json:1: architectures: \"GPT2ForSequenceClassification\" is not built; \"GPT2LMHeadModel\" is" },
 		{ "{\"activation_function\": \"tanh\"}",

@@ -97,6 +97,34 @@ static void test_sizes(void **state)
 	assert_int_equal(s.inner, 4 * 768 + 4 * 16 + 3 * 768 + 16 + 2 * 3072);
 }
 
+/* Grouped queries wider than the residual stream, and a head whose q and k are kept twice. */
+static void test_llama_sizes(void **state)
+{
+	struct model_config m = { .family = FAMILY_LLAMA,
+				  .vocab_size = 1000,
+				  .n_embd = 256,
+				  .n_layer = 2,
+				  .n_head = 8,
+				  .n_kv_head = 2,
+				  .head_dim = 48,
+				  .n_inner = 512,
+				  .rope.rot = 48 };
+	struct activation_sizes s;
+
+	(void)state;
+	activation_sizes_get(&m, 4, 128, &s);
+	assert_int_equal(s.boundary, 512 * 256);
+	assert_int_equal(s.inner, 512 * (3 * 256 + 2 + 2 * 384 + 2 * 96 + 8 + 3 * 512));
+	assert_int_equal(s.scratch, 512 * (2 * 256 + 384 + 384 + 2 * 96));
+	assert_int_equal(s.head, 512 * (256 + 1 + 1000));
+	assert_int_equal(s.tables, 2 * 128 * 24);
+	m.qk_norm = true;
+	m.n_inner = 1024;
+	activation_sizes_get(&m, 4, 128, &s);
+	assert_int_equal(s.inner, 512 * (3 * 256 + 2 + 3 * 384 + 3 * 96 + 8 + 8 + 2 + 3 * 1024));
+	assert_int_equal(s.scratch, 512 * (2 * 256 + 384 + 1024));
+}
+
 static void test_plenty(void **state)
 {
 	struct fixture *f = *state;
@@ -303,9 +331,10 @@ static void test_print(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_sizes),       cmocka_unit_test(test_plenty),       cmocka_unit_test(test_spans),
-		cmocka_unit_test(test_less_memory), cmocka_unit_test(test_modes),        cmocka_unit_test(test_window),
-		cmocka_unit_test(test_shards),      cmocka_unit_test(test_partial_sums), cmocka_unit_test(test_print),
+		cmocka_unit_test(test_sizes),  cmocka_unit_test(test_llama_sizes), cmocka_unit_test(test_plenty),
+		cmocka_unit_test(test_spans),  cmocka_unit_test(test_less_memory), cmocka_unit_test(test_modes),
+		cmocka_unit_test(test_window), cmocka_unit_test(test_shards),      cmocka_unit_test(test_partial_sums),
+		cmocka_unit_test(test_print),
 	};
 
 	return cmocka_run_group_tests(tests, setup, teardown);
