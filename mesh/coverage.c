@@ -716,13 +716,11 @@ bool coverage_complete(const struct coverage *c)
 
 bool coverage_lowest_missing(const struct coverage *c, struct tree_node *out)
 {
-	uint32_t n_before, leaf;
-	struct tree_node n, left, right;
+	uint32_t n_before, leaf = lowest_leaf(c, &n_before);
+	struct tree_node n = tree_root(c->n_micro), left, right;
 
-	if (coverage_complete(c))
+	if (leaf == c->n_micro)
 		return false;
-	leaf = lowest_leaf(c, &n_before);
-	n = tree_root(c->n_micro);
 	while (n.first != leaf || is_begun(c, n)) {
 		tree_children(n, c->n_micro, &left, &right);
 		n = leaf < right.first ? left : right;
@@ -731,7 +729,6 @@ bool coverage_lowest_missing(const struct coverage *c, struct tree_node *out)
 	return true;
 }
 
-/* Only called between events, when whatever could be admitted is. */
 bool coverage_starved(const struct coverage *c)
 {
 	for (uint32_t i = 0; i < c->n_eager; i++)

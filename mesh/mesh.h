@@ -139,9 +139,9 @@ void coverage_pushed(struct coverage *c, uint64_t id);
  */
 bool coverage_next(struct coverage *c, struct coverage_action *out);
 bool coverage_complete(const struct coverage *c);
-/* The lowest open leaf's largest node without anything held below it; false when complete. */
+/* The lowest open leaf's largest node without anything held below it; false when nothing is missing. */
 bool coverage_lowest_missing(const struct coverage *c, struct tree_node *out);
-/* Some offer is wanted and refused: only the lowest missing node can help. */
+/* Some offer is wanted and, once coverage_next returned false, refused: only the lowest missing node can help. */
 bool coverage_starved(const struct coverage *c);
 /* Rule 9: the step is sealed; every offer that is left is answered CLOSED. */
 void coverage_close(struct coverage *c);

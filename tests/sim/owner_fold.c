@@ -274,6 +274,33 @@ static void tell_starved(struct sim *s, struct owner *o, uint32_t piece)
 	}
 }
 
+static void carry_out(struct sim *s, struct owner *o, uint32_t piece, const struct coverage_action *a)
+{
+	if (a->type == COVERAGE_ANSWER) {
+		owner_verdict(s, o, a->offer, a->verdict);
+	} else if (a->type == COVERAGE_ROOT) {
+		owner_queue(s, o, (struct job){ .kind = JOB_ROOT, .piece = piece });
+	} else {
+		SIM_CHECK(s, !a->dst || o->pool_used[a->dst], "owner %u folds into a sum it does not have", o->index);
+		mark_folding(s, o, &a->a, piece);
+		mark_folding(s, o, &a->b, piece);
+		owner_queue(s, o,
+			    (struct job){ .kind = JOB_FOLD, .piece = piece, .dst = a->dst, .a = a->a, .b = a->b });
+	}
+	poison_given(s, o);
+}
+
+/* Now and then an owner has no room for more decisions, and goes on later. */
+static bool leaves_it(struct sim *s, struct owner *o, struct piece_state *p)
+{
+	if (o->sealed || !chance_of(&s->chance, s->plan.defer_per_1000))
+		return false;
+	p->dirty = true;
+	sim_at(s, s->now + chance_below(&s->chance, s->plan.fold_ns * 4),
+	       (struct event){ .kind = EV_PUMP, .a = o->index });
+	return true;
+}
+
 void owner_pump(struct sim *s, struct owner *o, uint32_t piece)
 {
 	struct piece_state *p = &o->piece[piece];
@@ -282,30 +309,13 @@ void owner_pump(struct sim *s, struct owner *o, uint32_t piece)
 	poison_given(s, o); /* by a withdrawal */
 	if (p->dirty && !o->sealed)
 		return;
-	if (!o->sealed && chance_of(&s->chance, s->plan.defer_per_1000)) {
-		p->dirty = true;
-		sim_at(s, s->now + chance_below(&s->chance, s->plan.fold_ns * 4),
-		       (struct event){ .kind = EV_PUMP, .a = o->index });
-		return;
-	}
 	p->dirty = false;
-	while (!s->failed && coverage_next(&p->coverage, &a)) {
+	while (!s->failed && !leaves_it(s, o, p) && coverage_next(&p->coverage, &a)) {
 		s->last_progress = s->now;
-		if (a.type == COVERAGE_ANSWER) {
-			owner_verdict(s, o, a.offer, a.verdict);
-		} else if (a.type == COVERAGE_ROOT) {
-			owner_queue(s, o, (struct job){ .kind = JOB_ROOT, .piece = piece });
-		} else {
-			SIM_CHECK(s, !a.dst || o->pool_used[a.dst], "owner %u folds into a sum it does not have",
-				  o->index);
-			mark_folding(s, o, &a.a, piece);
-			mark_folding(s, o, &a.b, piece);
-			owner_queue(s, o,
-				    (struct job){ .kind = JOB_FOLD, .piece = piece, .dst = a.dst, .a = a.a, .b = a.b });
-		}
-		poison_given(s, o);
+		carry_out(s, o, piece, &a);
 	}
-	check_held(s, o, &p->coverage);
+	if (!p->dirty)
+		check_held(s, o, &p->coverage);
 	tell_starved(s, o, piece);
 }
 
