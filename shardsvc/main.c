@@ -70,7 +70,7 @@ static void on_tick(evutil_socket_t fd, short what, void *ctx)
 static void on_signal(evutil_socket_t number, short what, void *ctx)
 {
 	(void)what;
-	shard_end(ctx, 128 + (uint32_t)number, false, "ended by signal %d", (int)number);
+	shard_end(ctx, 128 + (uint32_t)number, false, "ended by signal %d (%s)", (int)number, strsignal((int)number));
 }
 
 static int watch_signals(struct shard *s, struct err *e)

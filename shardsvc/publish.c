@@ -333,6 +333,17 @@ void publish_members(struct shard *s)
 
 /* ------------------------------------------------------------------ fabric */
 
+static void register_metrics(struct shard *s)
+{
+	const struct fab_counters *c = s->fab_ops->counters(s->fab);
+	struct metrics *m = &s->metrics;
+
+	metrics_add(m, "mesh_fabric_connects_total", "endpoints that came up", &c->connects);
+	metrics_add(m, "mesh_fabric_notices_total", "slices of pushes that arrived", &c->notices);
+	metrics_add(m, "mesh_fabric_mapped_bytes_total", "memory of workers mapped here", &c->mapped_bytes);
+	metrics_add(m, "mesh_fabric_errors_total", "operations and connections that failed", &c->errors);
+}
+
 int publish_open(struct shard *s, struct err *e)
 {
 	const struct fab_config cfg = { .log = &s->log, .job = s->self.job, .member = s->self.member };
@@ -346,7 +357,10 @@ int publish_open(struct shard *s, struct err *e)
 	s->fab_ops = fab_provider(provider);
 	if (!s->fab_ops)
 		return err_set(e, -ENOTSUP, "fabric %s is not in this build", provider);
-	return s->fab_ops->open(&cfg, &s->fab, e);
+	rc = s->fab_ops->open(&cfg, &s->fab, e);
+	if (!rc)
+		register_metrics(s);
+	return rc;
 }
 
 static struct peer *peer_of(struct shard *s, uint64_t serial)
