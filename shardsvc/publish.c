@@ -187,7 +187,8 @@ static int on_regions(struct peer *p, const struct msg_regions *m)
 	if (m->gradients.bytes > FAB_BLOB_MAX || (m->gradients.bytes > 0) != maps)
 		return peer_refuse(p, "REGIONS with %u bytes of gradient descriptor where gradients are %s",
 				   m->gradients.bytes, maps ? "read in place" : "pushed");
-	memcpy(p->gradients_blob.data, m->gradients.data, m->gradients.bytes);
+	if (m->gradients.bytes)
+		memcpy(p->gradients_blob.data, m->gradients.data, m->gradients.bytes);
 	p->gradients_blob.bytes = m->gradients.bytes;
 	p->has_regions = true;
 	try_attach(p);

@@ -39,7 +39,8 @@ struct world {
 static void take_blob(struct fab_blob *out, const struct wire_blob *b)
 {
 	assert_true(b->bytes <= FAB_BLOB_MAX);
-	memcpy(out->data, b->data, b->bytes);
+	if (b->bytes)
+		memcpy(out->data, b->data, b->bytes);
 	out->bytes = b->bytes;
 }
 
@@ -206,11 +207,12 @@ static void open_worker(struct world *w, uint32_t i, const char *fabric)
 
 static struct world *open_world(const char *fabric)
 {
-	struct world *w = calloc(1, sizeof(*w));
+	struct world *w = aligned_alloc(_Alignof(struct world), sizeof(*w));
 	char name[32];
 	struct err e = { 0 };
 
 	assert_non_null(w);
+	memset(w, 0, sizeof(*w));
 	w->base = event_base_new();
 	assert_non_null(w->base);
 	log_init(&w->s.log, open("/dev/null", O_WRONLY | O_CLOEXEC), "test");

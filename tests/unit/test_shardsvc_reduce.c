@@ -245,7 +245,7 @@ struct options {
 
 static void open_world(struct world **out, const struct options *o)
 {
-	struct world *w = calloc(1, sizeof(*w));
+	struct world *w = aligned_alloc(_Alignof(struct world), sizeof(*w));
 	struct shard *s = &w->s;
 	struct sum_config sums = { .max = 4096,
 				   .memory_elements = o->memory,
@@ -256,6 +256,7 @@ static void open_world(struct world **out, const struct options *o)
 	struct err e;
 
 	assert_non_null(w);
+	memset(w, 0, sizeof(*w));
 	log_init(&s->log, open("/dev/null", O_WRONLY | O_CLOEXEC), "test");
 	s->self.log = &s->log;
 	s->link = (struct member_link *)w;
