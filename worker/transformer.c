@@ -85,6 +85,8 @@ int net_init(struct net *n, const struct net_config *cfg, struct err *e)
 	int rc;
 
 	*n = (struct net){ .cfg = *cfg };
+	if (cfg->model->family != FAMILY_GPT2)
+		return err_set(e, -EINVAL, "this worker computes models of the GPT-2 family only");
 	n->refs.block = calloc(layers, sizeof(*n->refs.block));
 	n->act.boundary = calloc((size_t)layers + 1, sizeof(*n->act.boundary));
 	n->act.block = calloc(blocks, sizeof(*n->act.block));
