@@ -12,10 +12,10 @@ enum {
 	BATCH = 2,
 	SEQ = 70,
 	HEADS = 5,
-	HEAD = 40,
+	HEAD = 24,
 	C = HEADS * HEAD,
-	FFN = 700,
-	VOCAB = 1003,
+	FFN = 400,
+	VOCAB = 503,
 	ROWS = BATCH * SEQ
 };
 

@@ -2,7 +2,8 @@
 /* Fold, Adam, hash: exact against the written order, whatever the threads, segments and instruction set. */
 #include "tests/unit/test_kernels.h"
 
-#define N (37u * K_CHUNK)
+#define CHUNKS 19u
+#define N (CHUNKS * K_CHUNK)
 
 static const struct k_dims no_dims = { 0 };
 static const char *const isas[] = { "portable:portable", "portable:avx2", "portable:avx512" };
@@ -38,9 +39,9 @@ static uint32_t cut(struct k_fold_seg *seg, float *dst, const float *a, const fl
 
 static void fold_and_norm_do_not_depend_on_the_cut(void **state)
 {
-	const uint32_t cuts[] = { 1, 3, 16, 17, 37 };
+	const uint32_t cuts[] = { 1, 3, 16, 17, CHUNKS };
 	float *a = test_random(N, 1, 1.0), *b = test_random(N, 2, 1e-3), *dst = test_floats(N), *want = test_floats(N);
-	struct k_fold_seg seg[37];
+	struct k_fold_seg seg[CHUNKS];
 	unsigned ran = 0;
 	(void)state;
 
@@ -74,7 +75,7 @@ static void fold_and_norm_do_not_depend_on_the_cut(void **state)
 static void fold_copies_adds_in_place_and_sums(void **state)
 {
 	float *a = test_random(N, 1, 1.0), *b = test_random(N, 2, 1.0), *dst = test_floats(N), *both = test_floats(N);
-	struct k_fold_seg seg[37];
+	struct k_fold_seg seg[CHUNKS];
 	struct exact_sum sum, want;
 	struct fixture f;
 	(void)state;
@@ -208,26 +209,26 @@ static bool hash_equal(struct hash128 a, struct hash128 b)
 static void state_hash_sums_chunks_in_any_cut(void **state)
 {
 	float *const s[3] = { test_random(N, 1, 1.0), test_random(N, 2, 1.0), test_random(N, 3, 1.0) };
-	struct hash128 whole = hash_of(1, s, 3, 10, 37), sum = { 0 }, want = { 0 };
+	struct hash128 whole = hash_of(1, s, 3, 10, CHUNKS), sum = { 0 }, want = { 0 };
 	(void)state;
 
-	for (uint64_t c = 0; c < 37; c++)
+	for (uint64_t c = 0; c < CHUNKS; c++)
 		for (uint64_t part = 0; part < 3; part++)
 			want = hash128_add(want, hash128(s[part] + c * K_CHUNK, K_CHUNK * sizeof(float),
 							 3ull << 40 | (10 + c) << 2 | part));
 	assert_true(hash_equal(whole, want));
 	for (unsigned threads = 2; threads <= 3; threads++)
-		assert_true(hash_equal(whole, hash_of(threads, s, 3, 10, 37)));
-	for (uint64_t c = 0; c < 37; c += 5) {
+		assert_true(hash_equal(whole, hash_of(threads, s, 3, 10, CHUNKS)));
+	for (uint64_t c = 0; c < CHUNKS; c += 5) {
 		float *const at[3] = { s[0] + c * K_CHUNK, s[1] + c * K_CHUNK, s[2] + c * K_CHUNK };
-		sum = hash128_add(sum, hash_of(2, at, 3, 10 + c, 37 - c < 5 ? 37 - c : 5));
+		sum = hash128_add(sum, hash_of(2, at, 3, 10 + c, CHUNKS - c < 5 ? CHUNKS - c : 5));
 	}
 	assert_true(hash_equal(whole, sum));
 	/* Where the chunk stands, and which part it is, matters. */
 	float *const swapped[3] = { s[0], s[2], s[1] };
-	assert_false(hash_equal(whole, hash_of(1, s, 4, 10, 37)));
-	assert_false(hash_equal(whole, hash_of(1, s, 3, 11, 37)));
-	assert_false(hash_equal(whole, hash_of(1, swapped, 3, 10, 37)));
+	assert_false(hash_equal(whole, hash_of(1, s, 4, 10, CHUNKS)));
+	assert_false(hash_equal(whole, hash_of(1, s, 3, 11, CHUNKS)));
+	assert_false(hash_equal(whole, hash_of(1, swapped, 3, 10, CHUNKS)));
 	for (int i = 0; i < 3; i++)
 		free(s[i]);
 }
