@@ -220,6 +220,7 @@ static const struct rotary_case rotary_cases[] = {
 	{ 1, 1, 1, 0, 1, 2, 2, false },     { 3, 14, 7, 0, 5, 80, 80, false },   { 2, 10, 5, 3, 5, 80, 48, true },
 	{ 2, 6, 3, 0, 1, 64, 0, true },     { 1, 9, 9, 100, 3, 33, 18, true },   { 2, 4, 4, 0, 2, 20, 6, false },
 	{ 1, 3, 1, 17, 1, 128, 128, true }, { 1, 400, 200, 0, 1, 40, 40, true }, { 1, 2, 2, 0, 3, 5, 0, false },
+	{ 2, 7, 5, 1, 2, 16, 16, false },
 };
 
 struct rotary {
@@ -540,6 +541,30 @@ static void spans_are_trees_of_their_leaves(void **state)
 	}
 }
 
+/* So many leaves that they are what the workspace is planned for. */
+static void leaves_have_room(void **state)
+{
+	const struct rotary_case c = { 3000, 1, 1, 0, 1, 128, 0, true };
+	const struct k_dims dims = rotary_dims(&c);
+	struct rotary d;
+	struct fixture f;
+	(void)state;
+
+	rotary_open(&d, &c);
+	float *leaves = outputs(&d.bag, d.n);
+	assert_true(fixture_open(&f, k_cpu_ops(), "", 1, &dims));
+	const struct k_rotary_backward a = rotary_args(&d);
+	f.ops->rotary(f.s, &a.fwd);
+	f.ops->rotary_backward(f.s, &a);
+	fixture_wait(&f);
+	for (size_t i = 0; i < d.n; i++)
+		leaves[i] = d.dout[i] * (d.x[i] * d.rstd[i / c.head_dim]);
+	test_tree(leaves, c.n_mb, c.head_dim);
+	assert_bits("dgamma", leaves, d.dgamma, c.head_dim * sizeof(float));
+	fixture_close(&f);
+	bag_empty(&d.bag);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -549,6 +574,7 @@ int main(void)
 		cmocka_unit_test(rotary_decodes_as_it_reads),
 		cmocka_unit_test(glu_matches_reference_and_differences),
 		cmocka_unit_test(spans_are_trees_of_their_leaves),
+		cmocka_unit_test(leaves_have_room),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
