@@ -318,12 +318,58 @@ static void fill_width_defaults(struct ds_parse *p)
 		p->c->zero.stage3_param_persistence_threshold = 10 * h;
 }
 
+/* "auto": what the directory holds. What is chosen is said, since two starts from one config must not differ silently. */
+static int choose_automatically(struct ds_parse *p)
+{
+	struct err why = { 0 };
+	char *file = NULL;
+	int rc;
+
+	if (!p->model_dir)
+		return 0;
+	rc = model_weights_find(p->model_dir, &file, &why);
+	free(file);
+	if (rc == -ENOENT)
+		return add_note(p, "shardmesh.initialize: %s; the first parameters are random", why.text);
+	if (rc)
+		return fail_at(p, "shardmesh", "model", why.text);
+	p->c->weights = strdup(p->model_dir);
+	if (!p->c->weights)
+		return err_set(p->e, -ENOMEM, "%s: out of memory", p->doc.name);
+	return add_note(p, "shardmesh.initialize: the first parameters are read from %s", p->c->weights);
+}
+
+static int resolve_weights(struct ds_parse *p)
+{
+	struct job_config *c = p->c;
+
+	if (p->initialize == INITIALIZE_RANDOM) {
+		bool given = c->weights;
+
+		free(c->weights);
+		c->weights = NULL;
+		return given ? add_note(p, "shardmesh.weights: no effect here: shardmesh.initialize is \"random\"") : 0;
+	}
+	if (c->weights)
+		return 0;
+	if (p->initialize == INITIALIZE_AUTO)
+		return choose_automatically(p);
+	if (!p->model_dir)
+		return fail_at(p, "shardmesh", "initialize",
+			       "\"weights\" needs shardmesh.weights, or a directory as shardmesh.model");
+	c->weights = strdup(p->model_dir);
+	return c->weights ? 0 : err_set(p->e, -ENOMEM, "%s: out of memory", p->doc.name);
+}
+
 static int resolve(struct ds_parse *p)
 {
 	struct job_config *c = p->c;
 	char number[32];
 	int rc = check_present(p);
 
+	if (rc)
+		return rc;
+	rc = resolve_weights(p);
 	if (rc)
 		return rc;
 	fill_width_defaults(p);
@@ -395,6 +441,7 @@ int job_config_parse(const char *text, const char *name, const char *base_dir, s
 	if (!rc)
 		rc = resolve(&p);
 	json_doc_release(&p.doc);
+	free(p.model_dir);
 	if (rc)
 		job_config_release(&c);
 	else
@@ -430,6 +477,7 @@ void job_config_release(struct job_config *c)
 	release_paths(c->data.train, c->data.n_train);
 	release_paths(c->data.validation, c->data.n_validation);
 	release_paths(c->note, c->n_notes);
+	free(c->weights);
 	free(c->fabric);
 	free(c->math);
 	free(c->run_dir);

@@ -212,6 +212,9 @@ static int put_shardmesh(json_t *root, const struct job_config *c)
 	static const char *const activations[] = { "auto", "keep", "recompute" };
 	int bad = put(root, "shardmesh.model", json_loads(c->model.json, 0, NULL));
 
+	bad |= put(root, "shardmesh.initialize", json_string(c->weights ? "weights" : "random"));
+	if (c->weights)
+		bad |= put(root, "shardmesh.weights", json_string(c->weights));
 	bad |= put(root, "shardmesh.data.train", path_list(c->data.train, c->data.n_train));
 	if (c->data.n_validation)
 		bad |= put(root, "shardmesh.data.validation", path_list(c->data.validation, c->data.n_validation));

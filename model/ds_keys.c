@@ -369,6 +369,8 @@ const struct ds_key ds_keys[] = {
 	/* What DeepSpeed takes from Python */
 	SECTION("shardmesh"),
 	READ("shardmesh.model", ds_read_model),
+	READ("shardmesh.weights", ds_read_weights),
+	READ("shardmesh.initialize", ds_read_initialize),
 	SECTION("shardmesh.data"),
 	READ("shardmesh.data.train", ds_read_paths),
 	READ("shardmesh.data.validation", ds_read_paths),

@@ -61,6 +61,8 @@ struct ds_parse {
 	bool auto_prefetch, auto_persistence, auto_reduce_bucket;
 	enum { MAX_LR_DEFAULT, MAX_LR_GIVEN, MAX_LR_AUTO } max_lr; /* scheduler.params.warmup_max_lr */
 	bool has_eval_batches;
+	char *model_dir; /* the directory that shardmesh.model names, or NULL */
+	enum { INITIALIZE_AUTO, INITIALIZE_WEIGHTS, INITIALIZE_RANDOM } initialize;
 };
 
 /* ds_values.c: the readers named in the table. */
@@ -73,6 +75,8 @@ int ds_read_scheduler_param(struct ds_parse *p, const struct json_path *path, co
 int ds_read_width_default(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_stage(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_model(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_weights(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_paths(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v);

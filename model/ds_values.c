@@ -267,7 +267,8 @@ static int read_model_file(struct ds_parse *p, const struct json_path *path, con
 
 		if (asprintf(&in_dir, "%s/config.json", file) < 0)
 			in_dir = NULL;
-		free(file);
+		free(p->model_dir);
+		p->model_dir = file;
 		file = in_dir;
 	}
 	if (!file)
@@ -304,6 +305,27 @@ static int read_path(struct ds_parse *p, const struct json_path *path, const jso
 				 json_words(v, words));
 	*out = ds_absolute(p->base_dir, json_string_value(v));
 	return *out ? 0 : out_of_memory(p);
+}
+
+int ds_read_weights(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	char words[64];
+
+	if (!json_is_string(v) || !json_string_length(v))
+		return json_fail(&p->doc, path, p->e, "expected a path, found %s", json_words(v, words));
+	free(p->c->weights);
+	p->c->weights = ds_absolute(p->base_dir, json_string_value(v));
+	return p->c->weights ? 0 : out_of_memory(p);
+}
+
+int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	static const char *const words[] = { "auto", "weights", "random", NULL };
+	int i = read_word(p, path, v, words);
+
+	if (i >= 0)
+		p->initialize = i;
+	return i < 0 ? i : 0;
 }
 
 /* data.train and data.validation: a path or a list of paths. */

@@ -140,6 +140,7 @@ struct job_config {
 	uint64_t steps_per_print; /* 0: off */
 	/* "shardmesh" */
 	struct model_config model;
+	char *weights; /* where the first parameters are read from (model_weights_open); NULL: they are random */
 	struct data_config data;
 	uint64_t steps, seed;
 	uint64_t eval_interval; /* steps between evaluations; 0: only after the last step */
@@ -431,5 +432,29 @@ int st_read_f32(const struct st_file *f, const struct st_tensor *t, uint64_t fir
  * table's index of the i-th tensor in the data section, which follows densely.
  */
 int st_header_for(const struct unit_table *t, char **header, size_t *bytes, uint32_t *order, struct err *e);
+
+/* --------------------------------------------------------------------- weights */
+
+/*
+ * The weights of a model in safetensors files, for the tensors of a unit table.
+ * path: a Hugging Face directory (model.safetensors, else
+ * model.safetensors.index.json and the shards it names), or one of these files.
+ * F32, F16 and BF16; names with or without the prefix of the table's; buffers
+ * of old checkpoints (h.N.attn.bias, ...rotary_emb.inv_freq) and the second name
+ * of a tied matrix are passed over. Anything else that is unexpected, missing,
+ * there twice or of another shape is an error that names file and tensor, as is
+ * an index that points outside its directory. Headers alone are read. -EINVAL,
+ * -errno of a file. t must stay until the close.
+ */
+struct model_weights;
+int model_weights_open(const char *path, const struct unit_table *t, struct model_weights **out, struct err *e);
+void model_weights_close(struct model_weights *w);
+/* Something a user should hear (an index whose total_size is wrong), or NULL. */
+const char *model_weights_warning(const struct model_weights *w);
+/* Elements [first, first + n) of the table's tensor, as fp32. Any thread. */
+int model_weights_read(const struct model_weights *w, uint32_t tensor, uint64_t first, uint64_t n, float *out,
+		       struct err *e);
+/* The file that model_weights_open would begin with; malloced. -ENOENT: none in the directory; -EINVAL: pickled ones. */
+int model_weights_find(const char *path, char **file, struct err *e);
 
 #endif

@@ -392,6 +392,9 @@ static void assert_configs_equal(const struct job_config *a, const struct job_co
 	assert_int_equal(a->steps_per_print, b->steps_per_print);
 	assert_memory_equal(&a->model, &b->model, offsetof(struct model_config, tie_word_embeddings));
 	assert_string_equal(a->model.json, b->model.json);
+	assert_int_equal(!a->weights, !b->weights);
+	if (a->weights)
+		assert_string_equal(a->weights, b->weights);
 	assert_int_equal(a->data.n_train, b->data.n_train);
 	for (uint32_t i = 0; i < a->data.n_train; i++)
 		assert_string_equal(a->data.train[i], b->data.train[i]);
@@ -568,6 +571,78 @@ static void test_load(void **state)
 	assert_int_equal(system(path), 0);
 }
 
+static void write_text(const char *dir, const char *name, const char *text)
+{
+	char path[160];
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	assert_int_equal(file_write_atomic(path, text, strlen(text), 0600, NULL), 0);
+}
+
+/* The weights that a config comes to (NULL: random), and the note that says so; through a dump they are the same. */
+static void check_weights(const char *dir, const char *keys, const char *want, const char *note)
+{
+	struct job_config c, again;
+	char *text = NULL, *dump;
+	struct err e = { 0 };
+	bool noted = false;
+
+	assert_true(asprintf(&text, "{\"shardmesh\": {%s, " DATA "}}", keys) > 0);
+	if (job_config_parse(text, "ds.json", dir, &c, &e))
+		fail_msg("%s", e.text);
+	for (uint32_t i = 0; i < c.n_notes; i++)
+		noted |= strstr(c.note[i], note) != NULL;
+	assert_true(noted || !note[0]);
+	assert_int_equal(job_config_dump(&c, &dump, &e), 0);
+	assert_int_equal(job_config_parse(dump, "dump", "/", &again, &e), 0);
+	if (want) {
+		assert_string_equal(c.weights, want);
+		assert_string_equal(again.weights, want);
+	} else {
+		assert_null(c.weights);
+		assert_null(again.weights);
+	}
+	job_config_release(&again);
+	job_config_release(&c);
+	free(dump);
+	free(text);
+}
+
+static void test_initialize(void **state)
+{
+	char dir[] = "/tmp/shardmesh_config_XXXXXX", m[64], command[64];
+	struct job_config c;
+	struct err e = { 0 };
+
+	(void)state;
+	assert_non_null(mkdtemp(dir));
+	snprintf(m, sizeof(m), "%s/m", dir);
+	assert_int_equal(mkdir(m, 0700), 0);
+	write_text(m, "config.json", "{\"n_embd\": 32, \"n_head\": 2}");
+	check_weights(dir, "\"model\": \"m\"", NULL,
+		      "no model.safetensors and no model.safetensors.index.json; the first parameters are random");
+	check_weights(dir, "\"model\": \"m\", \"initialize\": \"weights\"", m, "");
+	write_text(m, "pytorch_model.bin", "");
+	assert_int_equal(job_config_parse("{\"shardmesh\": {\"model\": \"m\", " DATA "}}", "ds.json", dir, &c, &e),
+			 -EINVAL);
+	assert_non_null(strstr(e.text, "only safetensors are read"));
+	check_weights(dir, "\"model\": \"m\", \"initialize\": \"random\"", NULL, "");
+	write_text(m, "model.safetensors.index.json", "");
+	check_weights(dir, "\"model\": \"m\"", m, "the first parameters are read from");
+	check_weights(dir, "\"model\": \"m/config.json\"", NULL, "");
+	check_weights(dir, "\"model\": \"m\", \"weights\": \"/w\"", "/w", "");
+	check_weights(dir, MODEL ", \"weights\": \"/w\", \"initialize\": \"random\"", NULL,
+		      "shardmesh.weights: no effect here");
+	assert_int_equal(job_config_parse("{\"shardmesh\": {" MODEL ", \"initialize\": \"weights\", " DATA "}}",
+					  "ds.json", dir, &c, &e),
+			 -EINVAL);
+	assert_string_equal(e.text,
+			    "ds.json:1: shardmesh.initialize: \"weights\" needs shardmesh.weights, or a directory "
+			    "as shardmesh.model");
+	snprintf(command, sizeof(command), "rm -r %s", dir);
+	assert_int_equal(system(command), 0);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -582,6 +657,7 @@ int main(void)
 		cmocka_unit_test(test_override),
 		cmocka_unit_test(test_validate),
 		cmocka_unit_test(test_load),
+		cmocka_unit_test(test_initialize),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
