@@ -43,16 +43,19 @@ enum k_isa { K_ISA_PORTABLE, K_ISA_AVX2, K_ISA_AVX512 };
 struct k_profile {
 	enum k_library library;
 	enum k_isa isa;
-	unsigned grid;        /* version of the tile grid rules */
-	char version[32];     /* the library's own version */
-	char text[128];       /* "cpu dnnl 2.6.3 avx512 grid1 fp32": the canonical form */
+	unsigned grid;    /* version of the tile grid rules */
+	char version[32]; /* the library's own version */
+	char text[128];   /* "cpu dnnl 2.6.3 avx512 grid1 fp32": the canonical form */
 };
 
 /*
  * The profile this machine should use. want: NULL or "" for the table's choice,
  * else "portable", "dnnl", "openblas", optionally ":portable", ":avx2" or
  * ":avx512" behind it. *reason (NULL or at least 160 bytes) says why it was chosen. -ENOTSUP when
- * what is wanted cannot run here.
+ * what is wanted cannot run here. This, k_profile_check and stream_open load the
+ * library and set the environment variables that bind it to the profile, so they
+ * are called before other threads look at the environment; what is loaded stays,
+ * and a process that has loaded it for one instruction set cannot run another.
  */
 int k_profile_detect(const char *want, struct k_profile *out, char reason[160], struct err *e);
 /* Reads the canonical form. -EINVAL. */
@@ -64,12 +67,12 @@ int k_profile_check(const struct k_profile *p, struct err *e);
 
 /* Upper bounds over all calls to come, for workspace_bytes. */
 struct k_dims {
-	uint32_t n_mb;     /* micro-batches in a span */
-	uint32_t batch;    /* samples in a micro-batch */
+	uint32_t n_mb;  /* micro-batches in a span */
+	uint32_t batch; /* samples in a micro-batch */
 	uint32_t seq;
 	uint32_t channels; /* residual width */
 	uint32_t heads, kv_heads, head_dim;
-	uint32_t ffn;      /* widest inner layer */
+	uint32_t ffn; /* widest inner layer */
 	uint32_t vocab;
 };
 
@@ -101,11 +104,11 @@ struct k_embed {
 /* Leaf gradients are dense (rows no token names are +0); span sum along the tree. Overwrites dwte, dwpe. */
 struct k_embed_backward {
 	uint32_t n_mb, batch, seq, channels, vocab;
-	uint32_t positions;      /* rows of dwpe; rows seq.. are set to 0 */
+	uint32_t positions; /* rows of dwpe; rows seq.. are set to 0 */
 	const uint32_t *tokens;
-	const float *dx;         /* [n_mb][batch*seq][channels] */
-	float *dwte;             /* [vocab][channels] */
-	float *dwpe;             /* [positions][channels] or NULL */
+	const float *dx; /* [n_mb][batch*seq][channels] */
+	float *dwte;     /* [vocab][channels] */
+	float *dwpe;     /* [positions][channels] or NULL */
 	struct k_dropout dropout;
 };
 
@@ -126,21 +129,21 @@ struct k_norm {
 	float *sum;                /* [n_mb][rows][cols]; NULL when branch is NULL */
 	const float *gamma, *beta; /* [cols] */
 	float *y;
-	float *mean, *rstd;        /* [n_mb][rows]; may be NULL when no backward follows */
+	float *mean, *rstd; /* [n_mb][rows]; may be NULL when no backward follows */
 };
 
 /*
  * dx = LayerNorm backward of dy, plus dresidual (the gradient that reaches the
- * sum directly) when given; dx may alias dresidual. dgamma and dbeta are the
+ * sum directly) when given; dx may alias dresidual, nothing else. dgamma and dbeta are the
  * span's sums along the tree; a leaf sums its rows in order. Overwrites all.
  */
 struct k_norm_backward {
 	uint32_t n_mb, rows, cols;
-	bool rms;                  /* mean, beta and dbeta are not looked at */
-	const float *x;            /* the normalised input: `sum` of the forward */
+	bool rms;       /* mean, beta and dbeta are not looked at */
+	const float *x; /* the normalised input: `sum` of the forward */
 	const float *mean, *rstd, *gamma;
 	const float *dy;
-	const float *dresidual;    /* or NULL */
+	const float *dresidual; /* or NULL */
 	float *dx;
 	float *dgamma, *dbeta;
 };
@@ -148,9 +151,9 @@ struct k_norm_backward {
 /* out = x + dropout(branch): the last residual of a block, and dropout's backward with x NULL. */
 struct k_residual {
 	uint32_t n_mb, rows, cols;
-	const float *x;      /* or NULL: out = dropout mask applied to branch */
+	const float *x; /* or NULL: out = dropout mask applied to branch */
 	const float *branch;
-	float *out;          /* may alias x or branch */
+	float *out; /* may alias x or branch */
 	struct k_dropout dropout;
 };
 
@@ -200,17 +203,17 @@ struct k_rotary {
 	const float *cos, *sin;        /* [positions][rot / 2] */
 	const float *gamma;            /* [head_dim] or NULL */
 	float eps;
-	const float *x;                /* [n_mb][rows][heads * head_dim] */
+	const float *x; /* [n_mb][rows][heads * head_dim] */
 	float *out;
-	float *rstd;                   /* [n_mb][rows][heads]; NULL without gamma or backward */
+	float *rstd; /* [n_mb][rows][heads]; NULL without gamma or backward */
 };
 
 /* dx may alias dout. dgamma: the span's sum along the tree; a leaf sums rows, then heads, in order. */
 struct k_rotary_backward {
-	struct k_rotary fwd;           /* x and rstd as in the forward where gamma is given */
+	struct k_rotary fwd; /* x and rstd as in the forward where gamma is given */
 	const float *dout;
 	float *dx;
-	float *dgamma;                 /* NULL without gamma */
+	float *dgamma; /* NULL without gamma */
 };
 
 /* y = act(gate) * up (Shazeer 2020); all [n_mb][rows][cols]; y may alias neither. */
@@ -222,7 +225,7 @@ struct k_glu {
 };
 /* dgate may alias gate's buffer, dup up's; either may alias dy. */
 struct k_glu_backward {
-	struct k_glu fwd;              /* y is not looked at */
+	struct k_glu fwd; /* y is not looked at */
 	const float *dy;
 	float *dgate, *dup;
 };
@@ -238,22 +241,22 @@ struct k_glu_backward {
  * see each other.
  */
 struct k_attention {
-	uint32_t n_mb, batch;        /* samples = n_mb * batch */
+	uint32_t n_mb, batch; /* samples = n_mb * batch */
 	uint32_t q_len, kv_len, heads, kv_heads, head_dim;
 	uint32_t window;
-	const uint32_t *first_key;   /* [samples][q_len], ascending within a sample; or NULL */
+	const uint32_t *first_key; /* [samples][q_len], ascending within a sample; or NULL */
 	float scale;
 	const float *q, *k, *v;
 	size_t q_stride, k_stride, v_stride, out_stride; /* floats between rows */
-	size_t kv_sample_stride;     /* floats between samples of k and of v; 0: kv_len * stride */
+	size_t kv_sample_stride;                         /* floats between samples of k and of v; 0: kv_len * stride */
 	float *out, *lse;
-	struct k_dropout dropout;    /* on the probabilities; element (sample in mb, head, i, j) */
+	struct k_dropout dropout; /* on the probabilities; element (sample in mb, head, i, j) */
 };
 
 struct k_attention_backward {
-	struct k_attention fwd;      /* as in the forward, out and lse given; q_len == kv_len */
-	const float *dout;           /* rows of fwd.out_stride */
-	float *dq, *dk, *dv;         /* strides as q, k, v; overwritten */
+	struct k_attention fwd; /* as in the forward, out and lse given; q_len == kv_len */
+	const float *dout;      /* rows of fwd.out_stride */
+	float *dq, *dk, *dv;    /* strides as q, k, v; overwritten */
 };
 
 /*
@@ -335,8 +338,8 @@ struct k_event {
 
 struct k_stream_config {
 	const struct k_profile *profile;
-	unsigned threads;    /* CPU: pool size, the driving thread counted */
-	void *workspace;     /* 64-byte aligned, caller's */
+	unsigned threads; /* CPU: pool size, the driving thread counted */
+	void *workspace;  /* 64-byte aligned, caller's */
 	size_t workspace_bytes;
 };
 

@@ -123,11 +123,10 @@ int k_profile_detect(const char *want, struct k_profile *out, char reason[160], 
 
 int k_profile_parse(const char *text, struct k_profile *out, struct err *e)
 {
-	char library[16], version[32], isa[16];
-	unsigned grid;
+	char library[16], version[32], isa[16], grid[16];
 	int end = 0;
 
-	if (sscanf(text, "cpu %15s %31s %15s grid%u fp32%n", library, version, isa, &grid, &end) != 4 || !end ||
+	if (sscanf(text, "cpu %15s %31s %15s grid%15s fp32%n", library, version, isa, grid, &end) != 4 || !end ||
 	    text[end])
 		return err_set(e, -EINVAL, "\"%.100s\" is no math profile", text);
 	int lib = index_of(library, strlen(library), library_name, ARRAY_LEN(library_name));
@@ -135,7 +134,8 @@ int k_profile_parse(const char *text, struct k_profile *out, struct err *e)
 	if (lib < 0 || set < 0)
 		return err_set(e, -EINVAL, "\"%.100s\": unknown %s", text, lib < 0 ? "library" : "instruction set");
 	struct k_profile p;
-	profile_fill(&p, (enum k_library)lib, (enum k_isa)set, grid, version);
+	profile_fill(&p, (enum k_library)lib, (enum k_isa)set, (unsigned)strtoul(grid, NULL, 10), version);
+	/* Whatever is not a plain number there comes back as something else. */
 	if (strcmp(p.text, text) != 0)
 		return err_set(e, -EINVAL, "\"%.100s\" is no math profile in its canonical form", text);
 	*out = p;

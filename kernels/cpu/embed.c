@@ -61,11 +61,16 @@ struct embed_backward_job {
 	struct workspace ws;
 };
 
-/* One task's sums: the tree's stack, one row a slot, and a row with dropout applied. */
+/* One task's sums: the tree's stack, one row a slot, and behind it a row for what dropout leaves. */
 struct row_stack {
-	float *slot[TREE_SLOTS_MAX];
-	float *masked;
+	float *rows, *masked;
+	size_t channels;
 };
+
+static float *row_slot(const struct row_stack *st, uint32_t slot)
+{
+	return st->rows + slot * st->channels;
+}
 
 struct scratch embed_backward_scratch(uint32_t n_mb, uint64_t tokens, uint32_t vocab, uint32_t channels)
 {
@@ -75,14 +80,12 @@ struct scratch embed_backward_scratch(uint32_t n_mb, uint64_t tokens, uint32_t v
 	};
 }
 
-static void row_stack_init(struct row_stack *st, const struct embed_backward_job *j, unsigned thread)
+static struct row_stack row_stack_of(const struct embed_backward_job *j, unsigned thread)
 {
-	float *at = workspace_thread(&j->ws, thread);
-	uint32_t slots = tree_slots(j->a->n_mb);
+	struct row_stack st = { .rows = workspace_thread(&j->ws, thread), .channels = j->a->channels };
 
-	for (uint32_t i = 0; i < slots; i++, at += j->a->channels)
-		st->slot[i] = at;
-	st->masked = at;
+	st.masked = row_slot(&st, tree_slots(j->a->n_mb));
+	return st;
 }
 
 static void add_row(const struct embed_backward_job *j, float *to, const float *from)
@@ -116,16 +119,16 @@ static bool token_tree(const struct embed_backward_job *j, struct row_stack *st,
 	if (*at == end || **at / j->rows >= mb + n)
 		return false;
 	if (n == 1) {
-		memset(st->slot[top], 0, j->a->channels * sizeof(float));
+		memset(row_slot(st, top), 0, j->a->channels * sizeof(float));
 		for (; *at < end && **at / j->rows == mb; ++*at)
-			add_dx(j, st->slot[top], **at, st->masked);
+			add_dx(j, row_slot(st, top), **at, st->masked);
 		return true;
 	}
 	uint32_t left = 1u << (31 - __builtin_clz(n - 1));
 	bool has_left = token_tree(j, st, top, mb, left, at, end);
 	bool has_right = token_tree(j, st, top + has_left, mb + left, n - left, at, end);
 	if (has_left && has_right)
-		add_row(j, st->slot[top], st->slot[top + 1]);
+		add_row(j, row_slot(st, top), row_slot(st, top + 1));
 	return has_left || has_right;
 }
 
@@ -139,7 +142,7 @@ static void token_rows(const struct embed_backward_job *j, uint32_t task, struct
 		const uint32_t *at = j->order + j->start[t];
 		float *out = a->dwte + (size_t)t * a->channels;
 		if (token_tree(j, st, 0, 0, a->n_mb, &at, j->order + j->start[t + 1]))
-			memcpy(out, st->slot[0], a->channels * sizeof(float));
+			memcpy(out, row_slot(st, 0), a->channels * sizeof(float));
 		else
 			memset(out, 0, a->channels * sizeof(float));
 	}
@@ -151,22 +154,21 @@ static void position_row(const struct embed_backward_job *j, uint32_t position, 
 
 	for (uint32_t k = 0; k < a->n_mb; k++) {
 		uint32_t top = tree_slot(k);
-		memset(st->slot[top], 0, a->channels * sizeof(float));
+		memset(row_slot(st, top), 0, a->channels * sizeof(float));
 		for (uint32_t b = 0; b < a->batch; b++)
-			add_dx(j, st->slot[top], k * j->rows + b * a->seq + position, st->masked);
+			add_dx(j, row_slot(st, top), k * j->rows + b * a->seq + position, st->masked);
 		for (uint32_t m = tree_merges(k, a->n_mb); m > 0; m--, top--)
-			add_row(j, st->slot[top - 1], st->slot[top]);
+			add_row(j, row_slot(st, top - 1), row_slot(st, top));
 	}
-	memcpy(a->dwpe + (size_t)position * a->channels, st->slot[0], a->channels * sizeof(float));
+	memcpy(a->dwpe + (size_t)position * a->channels, row_slot(st, 0), a->channels * sizeof(float));
 }
 
 static void embed_backward_task(void *ctx, unsigned thread, uint32_t task)
 {
 	const struct embed_backward_job *j = ctx;
 	const struct k_embed_backward *a = j->a;
-	struct row_stack st;
+	struct row_stack st = row_stack_of(j, thread);
 
-	row_stack_init(&st, j, thread);
 	if (task < j->vocab_tasks) {
 		token_rows(j, task, &st);
 		return;

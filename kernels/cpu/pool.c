@@ -158,14 +158,13 @@ static void pool_wake(struct pool *p, int count)
 static void pool_wait_done(struct pool *p, uint32_t n)
 {
 	uint64_t until = clock_now_ns() + SPIN_NS;
-	uint32_t done;
 
-	while ((done = atomic_load(&p->done)) != n) {
+	while (atomic_load(&p->done) != n) {
 		cpu_relax();
 		if (p->spin && clock_now_ns() < until)
 			continue;
 		atomic_store(&p->driver_waits, 1);
-		done = atomic_load(&p->done);
+		uint32_t done = atomic_load(&p->done);
 		if (done != n)
 			futex_wait(&p->done, done);
 		atomic_store(&p->driver_waits, 0);

@@ -155,7 +155,8 @@ static void sum_leaves(const struct rotary_job *j, float *dgamma)
 			j->s->isa->add_rect(&below, slot[top], 0);
 		}
 	}
-	memcpy(dgamma, slot[0], cols * sizeof(float));
+	/* Slot 0 is the first leaf. */
+	memcpy(dgamma, j->leaves, cols * sizeof(float));
 }
 
 void cpu_rotary_backward(struct k_stream *s, const struct k_rotary_backward *a)

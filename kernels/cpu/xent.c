@@ -29,7 +29,8 @@ static void xent_one(const struct xent_job *j, uint64_t row)
 		return;
 	}
 	assert(target < a->vocab);
-	float inv_count = 1.0f / (float)j->counted[row / a->rows];
+	uint64_t mb = row / a->rows;
+	float inv_count = 1.0f / (float)j->counted[mb];
 	double below_max = j->s->isa->xent_row(logits, a->vocab, target, inv_count, a->loss_only, &sum);
 	/* A sum that is no number keeps being none; det_log is for numbers. */
 	j->row_loss[row] = sum >= 1.0f ? below_max + det_log((double)sum) : (double)sum + below_max;
