@@ -56,7 +56,7 @@ static void finish(struct coordinator *co, uint32_t exit_code, const char *text)
 	if (exit_code == EXIT_OK)
 		log_info(co->self->log, "the job is done: %s", text);
 	else
-		log_error(co->self->log, "the job ends with exit code %u: %s", exit_code, text);
+		log_info(co->self->log, "the job ends with exit code %u: %s", exit_code, text); /* told by the caller */
 	export_free(co->export);
 	co->export = NULL;
 	write_summary(co);

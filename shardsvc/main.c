@@ -154,6 +154,7 @@ static int serve(struct shard *s)
 		shard_end(s, rc == -EINVAL ? EXIT_USAGE : EXIT_JOB_FAILED, false, "%s", e.text);
 	else
 		event_base_dispatch(s->self.base);
+	s->log.warn_fd = -1; /* why a process ends is its last line, which a launcher reads itself */
 	if (s->exit_code == EXIT_OK)
 		log_info(&s->log, "the job is over: %s", s->exit_text);
 	else

@@ -131,15 +131,16 @@ static int run(struct worker *w, const struct flags *f)
 	struct err e;
 	int rc = join(w, f, &e);
 
+	if (!rc)
+		event_base_dispatch(w->self.base);
+	w->log.warn_fd = -1; /* why a process ends is its last line, which a launcher reads itself */
 	if (rc) {
 		log_error(&w->log, "%s", e.text);
 		w->exit_code = rc == -EINVAL ? EXIT_CONFIG : EXIT_JOB_FAILED;
+	} else if (w->exit_code) {
+		log_error(&w->log, "%s", w->exit_text);
 	} else {
-		event_base_dispatch(w->self.base);
-		if (w->exit_code)
-			log_error(&w->log, "%s", w->exit_text);
-		else
-			log_info(&w->log, "%s", w->exit_text[0] ? w->exit_text : "the job is done");
+		log_info(&w->log, "%s", w->exit_text[0] ? w->exit_text : "the job is done");
 	}
 	/* Memory of a thread that runs cannot be given back; the process's end does it. */
 	if (!leave(w))
