@@ -150,6 +150,8 @@ static void coordinator_ended(struct run *r)
 	char text[900];
 	int status = r->coordinator->status;
 
+	if (r->over) /* we ended it ourselves */
+		return;
 	if (WIFEXITED(status)) {
 		if (WEXITSTATUS(status) == EXIT_JOB_FAILED || WEXITSTATUS(status) == EXIT_CONFIG) {
 			child_epitaph(r->coordinator, text, sizeof(text));
@@ -184,8 +186,8 @@ static void on_child(evutil_socket_t number, short what, void *ctx)
 			say(r, text);
 			/* Before the first step the coordinator would wait for a member that cannot come. */
 			if (!r->progress.first_step) {
-				launcher_kill(&r->launcher, SIGKILL);
 				finish(r, WIFEXITED(c->status) ? WEXITSTATUS(c->status) : EXIT_JOB_FAILED);
+				launcher_kill(&r->launcher, SIGKILL);
 			}
 		}
 	}
@@ -323,11 +325,29 @@ static void conclude(const struct run *r)
 	printf("steps: %s/steps.jsonl\nmodel: %s/model\n", dir, dir);
 }
 
+/* Every worker opens the data too; here they are looked at before anything is started or written. */
+static int check_data(const struct job_config *c, struct err *e)
+{
+	struct data_set *d;
+	int rc = data_open(&c->data, c->seed, c->model.vocab_size, &d, e);
+
+	if (rc) {
+		err_prefix(e, "shardmesh.data");
+		return -EINVAL;
+	}
+	data_close(d);
+	return 0;
+}
+
 static int run_job(struct run *r)
 {
 	struct err e = { 0 };
 
 	r->exit_code = EXIT_JOB_FAILED;
+	if (check_data(r->config, &e)) {
+		fprintf(stderr, "meshctl run: %s\n", e.text);
+		return EXIT_CONFIG;
+	}
 	if (plan_print(stdout, r->config, &e) || prepare_run_dir(r, &e)) {
 		fprintf(stderr, "meshctl run: %s\n", e.text);
 		return e.code == -EINVAL || e.code == -ENOMEM ? EXIT_CONFIG : EXIT_JOB_FAILED;
