@@ -11,37 +11,61 @@
 #include "kernels/kernels.h"
 #include "model/model.h"
 
+#define NO_TENSOR UINT64_MAX /* a bias or a norm that this model does without */
+
 /* Element offsets in the flat vector of a block. */
-struct block_refs {
+struct gpt2_refs {
 	uint64_t ln1_w, ln1_b, attn_w, attn_b, proj_w, proj_b;
 	uint64_t ln2_w, ln2_b, fc_w, fc_b, out_w, out_b;
 };
-
-struct net_refs {
-	uint64_t wte, wpe;        /* in the embedding's unit */
-	struct block_refs *block; /* [n_layer] */
-	uint64_t lnf_w, lnf_b;    /* in the head's unit */
-	uint64_t head_w;          /* untied: in the head's unit; tied: wte in the embedding's */
+struct llama_refs {
+	uint64_t norm1, q_w, q_b, k_w, k_b, v_w, v_b, q_norm, k_norm, o_w, o_b;
+	uint64_t norm2, gate_w, gate_b, up_w, up_b, down_w, down_b;
+};
+union block_refs {
+	struct gpt2_refs gpt2;
+	struct llama_refs llama;
 };
 
-/* What the backward of a block needs of its forward; each [n_mb][rows][..]. */
-struct block_acts {
+struct net_refs {
+	uint64_t wte, wpe;       /* in the embedding's unit; wpe: or NO_TENSOR */
+	union block_refs *block; /* [n_layer] */
+	uint64_t lnf_w, lnf_b;   /* in the head's unit; lnf_b: or NO_TENSOR */
+	uint64_t head_w;         /* untied: in the head's unit; tied: wte in the embedding's */
+};
+
+/*
+ * What the backward of a block needs of its forward; each [n_mb][rows][..]. When
+ * a pass continues a context (generation), keys and values hold the earlier
+ * positions in front: qkv of GPT-2, k and v of Llama.
+ */
+struct gpt2_acts {
 	float *ln1, *mean1, *rstd1, *qkv, *att, *lse;
 	float *mid, *ln2, *mean2, *rstd2, *pre, *act;
+};
+struct llama_acts {
+	float *norm1, *rstd1, *q, *k, *v, *att, *lse;
+	float *q_pre, *k_pre, *q_rstd, *k_rstd; /* before their norm, with qk_norm */
+	float *mid, *norm2, *rstd2, *gate, *up, *act;
+};
+union block_acts {
+	struct gpt2_acts gpt2;
+	struct llama_acts llama;
 };
 
 #define NO_LAYER UINT32_MAX
 
 /* Buffers of a span. One place a buffer, all from the arena that the plan sized. */
 struct activations {
-	float **boundary;         /* [n_layer + 1]: the residual stream into each block and into the head */
-	struct block_acts *block; /* [n_layer], or one where activations are recomputed */
+	float **boundary;        /* [n_layer + 1]: the residual stream into each block and into the head */
+	union block_acts *block; /* [n_layer], or one where activations are recomputed */
 	bool keep;
 	uint32_t held_layer;   /* recomputed: whose forward block[0] holds */
 	float *branch;         /* [rows][C]: what is about to be added to the residual stream */
-	float *dx, *dy, *wide; /* backward: [rows][C], [rows][C], [rows][max(n_inner, 3C)] */
+	float *dx, *dy, *wide; /* backward: [rows][C], [rows][max(C, HD)], [rows][max(n_inner, HD + 2KD)] */
 	float *lnf, *meanf, *rstdf, *logits;
-	double *loss; /* [max_span] */
+	float *cos, *sin; /* [seq][rot / 2], of the rotary positions; NULL where there are none */
+	double *loss;     /* [max_span] */
 	uint32_t *tokens, *targets;
 	uint64_t *streams; /* [dropout sites][max_span] */
 };
@@ -55,15 +79,75 @@ struct net_config {
 	uint64_t seed;
 };
 
+struct net_family;
+
 struct net {
 	struct net_config cfg;
+	const struct net_family *family;
 	struct k_stream *stream; /* the caller's; set before the first call */
 	struct net_refs refs;
 	struct activations act;
 	/* the span being computed */
 	uint32_t n_mb;
 	bool training;
+	uint32_t seq, first_position; /* of the pass: cfg.seq and 0 but when a context is continued */
 };
+
+/* -------------------------------------------------------------- families */
+
+/* One walk over all buffers serves both questions, how many bytes and where: so the two cannot differ. */
+struct walk {
+	struct arena *arena; /* NULL: count */
+	uint64_t bytes;
+	bool failed;
+};
+float *net_take_floats(struct walk *w, uint64_t n);
+
+struct tensor_place {
+	const char *name; /* behind the block's prefix */
+	size_t ref;       /* offset of its uint64_t in the family's refs */
+	bool optional;    /* the model's config may leave it out */
+};
+
+/* What differs between families. C residual width, p the block's flat vector, grad its gradient's. */
+struct net_family {
+	const char *embedding, *positions, *norm_w, *norm_b; /* HF names; positions and norm_b: or NULL */
+	const char *block;                                   /* what stands before a layer's number */
+	bool rms;                                            /* norms are RMSNorm, else LayerNorm */
+	uint32_t n_tensors;
+	const struct tensor_place *tensor; /* [n_tensors] of a block */
+	/* Keys and values, which a context keeps, of so many rows; then all other buffers. */
+	void (*walk_cache)(struct walk *w, const struct model_config *m, uint64_t rows, union block_acts *b);
+	void (*walk_rows)(struct walk *w, const struct model_config *m, uint64_t rows, union block_acts *b);
+	/* Everything of a block that its backward needs: all but the last product and addition. */
+	void (*inner)(struct net *n, uint32_t layer, const float *p, const union block_acts *b);
+	/* The last product, into act.branch; returns what it is added to. */
+	const float *(*out)(struct net *n, uint32_t layer, const float *p, const union block_acts *b);
+	/* act.dx: the gradient behind the block, then before it. What the forward left in b is used up. */
+	void (*backward)(struct net *n, uint32_t layer, const float *p, const union block_acts *b, float *grad);
+};
+extern const struct net_family net_gpt2, net_llama;
+
+static inline const struct net_family *net_family_of(const struct model_config *m)
+{
+	return model_is_llama(m) ? &net_llama : &net_gpt2;
+}
+
+/* Rows of a micro-batch in this pass. */
+static inline uint32_t net_rows(const struct net *n)
+{
+	return n->cfg.batch * n->seq;
+}
+
+/* A tensor in its unit's flat vector, or NULL. */
+static inline const float *net_at(const float *flat, uint64_t ref)
+{
+	return ref == NO_TENSOR ? NULL : flat + ref;
+}
+static inline float *net_grad_at(float *flat, uint64_t ref)
+{
+	return ref == NO_TENSOR ? NULL : flat + ref;
+}
 
 /* -------------------------------------------------------- transformer.c */
 
@@ -101,6 +185,11 @@ void net_span_begin(struct net *n, uint64_t step, uint32_t first, uint32_t n_mb,
 enum dropout_site { SITE_EMBEDDING, SITE_ATTENTION, SITE_PROJECTION, SITE_MLP, DROPOUT_SITES };
 uint64_t net_dropout_stream(uint64_t step, uint32_t micro_batch, uint32_t layer, enum dropout_site site);
 struct k_dropout net_dropout(const struct net *n, uint32_t layer, enum dropout_site site);
+/*
+ * Starts a pass outside training that continues a context: seq more rows, the
+ * first at position `first`. Generation only, batch and span are 1.
+ */
+void net_pass_begin(struct net *n, uint32_t first, uint32_t seq);
 /* Softmax scale of a layer: 1/sqrt(head_dim) and 1/(layer + 1), each if the model asks for it. */
 float net_attention_scale(const struct model_config *m, uint32_t layer);
 
@@ -108,8 +197,14 @@ float net_attention_scale(const struct model_config *m, uint32_t layer);
 
 /* Bytes of all buffers for spans of max_span; what net_activations takes from its arena. */
 uint64_t net_activation_bytes(const struct net_config *cfg);
-/* -ENOMEM when the arena is smaller than planned. */
+/* Takes the buffers and fills in the tables of rotary positions. -ENOMEM when the arena is smaller than planned. */
 int net_activations(struct net *n, struct arena *a);
+/*
+ * The same for generation: a context of cfg.seq positions whose keys and values
+ * are kept, in passes of at most `rows` rows. Logits are one row's.
+ */
+uint64_t net_context_bytes(const struct net_config *cfg, uint32_t rows);
+int net_context(struct net *n, uint32_t rows, struct arena *a);
 
 /* ------------------------------------------------- forward.c, backward.c */
 
@@ -117,6 +212,8 @@ void net_embed_forward(struct net *n, const float *embedding);
 void net_block_forward(struct net *n, uint32_t layer, const float *params);
 /* Recomputed activations: the part of the block's forward that its backward needs. */
 void net_block_recompute(struct net *n, uint32_t layer, const float *params);
+/* Final norm and logits of the pass's rows from first_row on; that is 0 unless there is but one micro-batch. */
+void net_head_logits(struct net *n, const float *head, const float *head_w, uint32_t first_row);
 /* Final norm, logits, loss; in training the logits become their gradient. head_w: the logits' matrix. */
 void net_head_forward(struct net *n, const float *head, const float *head_w);
 
@@ -131,5 +228,13 @@ void net_block_backward(struct net *n, uint32_t layer, const float *params, floa
 void net_embed_backward(struct net *n, float *grad);
 /* Sets to zero what lies in the pages of (unit, part) outside the part's tensors. */
 void net_zero_gaps(struct net *n, uint32_t unit, uint32_t part, float *grad);
+
+/* For families: calls whose n_mb, rows and what follows from the model are filled in. Norms are of C columns. */
+void net_norm(struct net *n, const struct k_norm *shape);
+void net_linear(struct net *n, const struct k_linear *shape);
+void net_norm_backward(struct net *n, const struct k_norm_backward *shape);
+void net_linear_backward(struct net *n, const struct k_linear_backward *shape);
+/* The gradient of dropout(branch): act.dx itself where nothing was dropped. */
+const float *net_branch_gradient(struct net *n, uint32_t layer, enum dropout_site site);
 
 #endif

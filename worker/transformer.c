@@ -23,7 +23,7 @@ uint32_t net_unit_head(const struct net *n)
 	return n->cfg.model->n_layer + 1;
 }
 
-/* The table is made from the same config, so a missing tensor is a family that this file does not know. */
+/* The table is made from the same config, so a missing tensor is one that the family's list here does not know. */
 static int find(const struct net *n, uint32_t unit, const char *name, uint64_t *offset, struct err *e)
 {
 	const struct tensor_info *t = unit_table_find(n->cfg.table, name);
@@ -36,21 +36,19 @@ static int find(const struct net *n, uint32_t unit, const char *name, uint64_t *
 
 static int find_block(struct net *n, uint32_t layer, struct err *e)
 {
-	static const char *const names[] = {
-		"ln_1.weight",        "ln_1.bias",        "attn.c_attn.weight", "attn.c_attn.bias",
-		"attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight",        "ln_2.bias",
-		"mlp.c_fc.weight",    "mlp.c_fc.bias",    "mlp.c_proj.weight",  "mlp.c_proj.bias",
-	};
-	struct block_refs *b = &n->refs.block[layer];
-	uint64_t *out[ARRAY_LEN(names)] = { &b->ln1_w, &b->ln1_b, &b->attn_w, &b->attn_b, &b->proj_w, &b->proj_b,
-					    &b->ln2_w, &b->ln2_b, &b->fc_w,   &b->fc_b,   &b->out_w,  &b->out_b };
+	const struct net_family *f = n->family;
+	uint32_t unit = net_unit_block(n, layer);
 	char name[96];
 
-	for (unsigned i = 0; i < ARRAY_LEN(names); i++) {
+	for (uint32_t i = 0; i < f->n_tensors; i++) {
+		uint64_t *ref = (uint64_t *)((char *)&n->refs.block[layer] + f->tensor[i].ref);
 		int rc;
 
-		snprintf(name, sizeof(name), "transformer.h.%u.%s", layer, names[i]);
-		rc = find(n, net_unit_block(n, layer), name, out[i], e);
+		snprintf(name, sizeof(name), "%s.%u.%s", f->block, layer, f->tensor[i].name);
+		*ref = NO_TENSOR;
+		if (f->tensor[i].optional && !unit_table_find(n->cfg.table, name))
+			continue;
+		rc = find(n, unit, name, ref, e);
 		if (rc)
 			return rc;
 	}
@@ -59,18 +57,20 @@ static int find_block(struct net *n, uint32_t layer, struct err *e)
 
 static int find_ends(struct net *n, struct err *e)
 {
+	const struct net_family *f = n->family;
 	struct net_refs *r = &n->refs;
 	uint32_t head = net_unit_head(n);
 	bool tied = n->cfg.model->tie_word_embeddings;
 	int rc;
 
-	rc = find(n, 0, "transformer.wte.weight", &r->wte, e);
+	r->wpe = r->lnf_b = NO_TENSOR;
+	rc = find(n, 0, f->embedding, &r->wte, e);
+	if (!rc && f->positions)
+		rc = find(n, 0, f->positions, &r->wpe, e);
 	if (!rc)
-		rc = find(n, 0, "transformer.wpe.weight", &r->wpe, e);
-	if (!rc)
-		rc = find(n, head, "transformer.ln_f.weight", &r->lnf_w, e);
-	if (!rc)
-		rc = find(n, head, "transformer.ln_f.bias", &r->lnf_b, e);
+		rc = find(n, head, f->norm_w, &r->lnf_w, e);
+	if (!rc && f->norm_b)
+		rc = find(n, head, f->norm_b, &r->lnf_b, e);
 	if (!rc && !tied)
 		rc = find(n, head, "lm_head.weight", &r->head_w, e);
 	if (tied)
@@ -84,9 +84,7 @@ int net_init(struct net *n, const struct net_config *cfg, struct err *e)
 	uint32_t blocks = cfg->keep ? layers : 1;
 	int rc;
 
-	*n = (struct net){ .cfg = *cfg };
-	if (cfg->model->family != FAMILY_GPT2)
-		return err_set(e, -EINVAL, "this worker computes models of the GPT-2 family only");
+	*n = (struct net){ .cfg = *cfg, .family = net_family_of(cfg->model), .seq = cfg->seq };
 	n->refs.block = calloc(layers, sizeof(*n->refs.block));
 	n->act.boundary = calloc((size_t)layers + 1, sizeof(*n->act.boundary));
 	n->act.block = calloc(blocks, sizeof(*n->act.block));
@@ -116,8 +114,8 @@ void net_dims(const struct model_config *m, uint32_t batch, uint32_t seq, uint32
 		.seq = seq,
 		.channels = m->n_embd,
 		.heads = m->n_head,
-		.kv_heads = m->n_head,
-		.head_dim = m->n_embd / m->n_head,
+		.kv_heads = m->n_kv_head,
+		.head_dim = m->head_dim,
 		.ffn = m->n_inner,
 		.vocab = m->vocab_size,
 	};
@@ -175,6 +173,8 @@ void net_span_begin(struct net *n, uint64_t step, uint32_t first, uint32_t n_mb,
 	assert(n_mb > 0 && n_mb <= n->cfg.max_span);
 	n->n_mb = n_mb;
 	n->training = training;
+	n->seq = n->cfg.seq;
+	n->first_position = 0;
 	n->act.held_layer = NO_LAYER;
 	if (!training)
 		return;
@@ -182,6 +182,15 @@ void net_span_begin(struct net *n, uint64_t step, uint32_t first, uint32_t n_mb,
 	for (uint32_t l = 0; l < n->cfg.model->n_layer; l++)
 		for (unsigned site = SITE_ATTENTION; site < DROPOUT_SITES; site++)
 			fill_streams(n, step, first, l, (enum dropout_site)site);
+}
+
+void net_pass_begin(struct net *n, uint32_t first, uint32_t seq)
+{
+	assert(seq > 0 && first + seq <= n->cfg.seq && n->cfg.batch == 1 && n->cfg.max_span == 1);
+	n->n_mb = 1;
+	n->training = false;
+	n->seq = seq;
+	n->first_position = first;
 }
 
 struct k_dropout net_dropout(const struct net *n, uint32_t layer, enum dropout_site site)
@@ -200,8 +209,7 @@ struct k_dropout net_dropout(const struct net *n, uint32_t layer, enum dropout_s
 
 float net_attention_scale(const struct model_config *m, uint32_t layer)
 {
-	uint32_t head_dim = m->n_embd / m->n_head;
-	float scale = m->scale_attn_weights ? 1.0f / sqrtf((float)head_dim) : 1.0f;
+	float scale = m->scale_attn_weights ? 1.0f / sqrtf((float)m->head_dim) : 1.0f;
 
 	return m->scale_attn_by_inverse_layer_idx ? scale / (float)(layer + 1) : scale;
 }

@@ -12,7 +12,7 @@
 struct generator; /* a loaded model with its context; one thread drives it */
 
 struct generator_config {
-	const char *model_dir; /* Hugging Face directory: config.json and model.safetensors */
+	const char *model_dir; /* Hugging Face directory: config.json and safetensors, in one file or several */
 	const char *math;      /* k_profile_detect's `want`; NULL for the table's choice */
 	unsigned threads;      /* 0: as many as there are cores */
 	double temperature;    /* 0: always the likeliest token */
@@ -21,8 +21,8 @@ struct generator_config {
 };
 
 /*
- * Loads the whole model into memory, beside a cache of keys and values for all
- * of its positions. -EINVAL: e names the file and what is wrong with it;
+ * Loads the whole model into memory, beside a cache of keys and values for its
+ * positions, the first 8,192 of them at most. -EINVAL: e names the file and what is wrong with it;
  * -ENOMEM; -ENOTSUP for the math profile.
  */
 int generator_open(const struct generator_config *cfg, struct generator **out, struct err *e);
@@ -31,8 +31,8 @@ const struct model_config *generator_model(const struct generator *g);
 /* The canonical math profile the numbers were made with. */
 const char *generator_profile(const struct generator *g);
 /*
- * Appends n >= 1 tokens to the context. A context that outgrows the model's
- * positions loses its older half. -EINVAL: a token is not in the vocabulary.
+ * Appends n >= 1 tokens to the context. A context that outgrows the cache
+ * loses its older half. -EINVAL: a token is not in the vocabulary.
  */
 int generator_feed(struct generator *g, const uint32_t *tokens, size_t n, struct err *e);
 /* Logits of the token that follows the context [vocab_size]; NULL before the first feed. Valid until the next feed. */

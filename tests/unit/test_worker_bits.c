@@ -8,6 +8,7 @@
 #include "test_worker_model.h"
 
 static const char dropout[] = "\"embd_pdrop\": 0.1, \"attn_pdrop\": 0.1, \"resid_pdrop\": 0.1";
+static const char *const models[] = { dropout, TINY_LLAMA "}", TINY_MISTRAL "}", TINY_QWEN3 "}" };
 
 /* A second set of gradients like t's. */
 static void gradients_open(const struct tiny *t, float *(*g)[UNIT_PARTS_MAX])
@@ -46,39 +47,57 @@ static void expect_same_run(struct tiny *t, struct model_run other)
 	gradients_close(t, g);
 }
 
-static void kept_or_recomputed(void **state)
+static void kept_or_recomputed_in(const char *keys)
 {
-	struct tiny *t = tiny_open(dropout);
+	struct tiny *t = tiny_open(keys);
 	struct model_run r = tiny_run(t, 0, MICRO_MAX);
 
-	(void)state;
 	r.keep = false;
 	expect_same_run(t, r);
 	tiny_close(t);
 }
 
-static void any_threads(void **state)
+static void kept_or_recomputed(void **state)
 {
-	struct tiny *t = tiny_open(dropout);
+	(void)state;
+	for (size_t i = 0; i < ARRAY_LEN(models); i++)
+		kept_or_recomputed_in(models[i]);
+}
+
+static void any_threads_in(const char *keys)
+{
+	struct tiny *t = tiny_open(keys);
 	struct model_run r = tiny_run(t, 0, MICRO_MAX);
 
-	(void)state;
 	for (r.threads = 2; r.threads <= 3; r.threads++)
 		expect_same_run(t, r);
 	tiny_close(t);
 }
 
-static void deferred(void **state)
+static void any_threads(void **state)
 {
-	struct tiny *t = tiny_open(dropout);
+	(void)state;
+	for (size_t i = 0; i < ARRAY_LEN(models); i++)
+		any_threads_in(models[i]);
+}
+
+static void deferred_in(const char *keys)
+{
+	struct tiny *t = tiny_open(keys);
 	struct model_run r = tiny_run(t, 0, MICRO_MAX);
 
-	(void)state;
 	r.ops = k_deferred_ops();
 	expect_same_run(t, r);
 	r.keep = false;
 	expect_same_run(t, r);
 	tiny_close(t);
+}
+
+static void deferred(void **state)
+{
+	(void)state;
+	for (size_t i = 0; i < ARRAY_LEN(models); i++)
+		deferred_in(models[i]);
 }
 
 /* gradient(whole) = gradient(left) + gradient(right), each half computed on its own. */
@@ -104,11 +123,10 @@ static void add_halves(struct tiny *t, float *(*g)[UNIT_PARTS_MAX], uint32_t fir
 	gradients_close(t, right);
 }
 
-static void span_is_its_tree(void **state)
+static void span_is_its_tree_in(const char *keys)
 {
-	struct tiny *t = tiny_open(dropout);
+	struct tiny *t = tiny_open(keys);
 
-	(void)state;
 	for (uint32_t n = 2; n <= MICRO_MAX; n++) {
 		float *g[8][UNIT_PARTS_MAX] = { 0 };
 		struct model_run whole = tiny_run(t, 0, n);
@@ -122,6 +140,13 @@ static void span_is_its_tree(void **state)
 		gradients_close(t, g);
 	}
 	tiny_close(t);
+}
+
+static void span_is_its_tree(void **state)
+{
+	(void)state;
+	for (size_t i = 0; i < ARRAY_LEN(models); i++)
+		span_is_its_tree_in(models[i]);
 }
 
 /* Dropout is drawn by step and micro-batch: another name, other numbers; the same name, the same. */

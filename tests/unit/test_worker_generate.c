@@ -131,8 +131,12 @@ static void check_pieces(struct tiny *t, const uint32_t *tokens, const uint32_t 
 static void cache_gives_the_same_logits(void **state)
 {
 	static const uint32_t pieces[][POSITIONS + 1] = { { 8 }, { 1, 1, 1, 1, 1, 1, 1, 1 }, { 3, 1, 4 }, { 1, 7 } };
-	static const char *const models[] = { "", "\"tie_word_embeddings\": false, \"n_inner\": 8",
-					      "\"scale_attn_by_inverse_layer_idx\": true" };
+	static const char *const models[] = { "",
+					      "\"tie_word_embeddings\": false, \"n_inner\": 8",
+					      "\"scale_attn_by_inverse_layer_idx\": true",
+					      TINY_LLAMA "}",
+					      TINY_MISTRAL "}",
+					      TINY_QWEN3 "}" };
 
 	(void)state;
 	for (size_t m = 0; m < ARRAY_LEN(models); m++) {
@@ -239,7 +243,7 @@ static void what_is_wrong_is_named(void **state)
 	open_fails(&d, -ENOENT, "model.safetensors");
 	write_model(&d, t);
 	write_file(&d, "config.json", other->model.json, strlen(other->model.json));
-	open_fails(&d, -EINVAL, "transformer.h.0.mlp.c_fc.weight");
+	open_fails(&d, -EINVAL, "transformer.h.0.mlp.c_fc.");
 	write_model(&d, t);
 	g = open_generator(&d, 0, 0, 0);
 	assert_int_equal(generator_feed(g, strange, 2, &e), -EINVAL);

@@ -130,13 +130,30 @@ static void unscaled_attention(void **state)
 		    "\"activation_function\": \"silu\"");
 }
 
-/* What lies in a part's pages is the part's gradient or zero; what lies behind them is not touched. */
-static void gaps_are_zero(void **state)
+static void llama(void **state)
 {
-	struct tiny *t = tiny_open("");
+	(void)state;
+	check_model(TINY_LLAMA "}");
+}
+
+static void mistral(void **state)
+{
+	(void)state;
+	check_model(TINY_MISTRAL "}");
+}
+
+static void qwen3_with_dropout(void **state)
+{
+	(void)state;
+	check_model(TINY_QWEN3 "}");
+}
+
+/* What lies in a part's pages is the part's gradient or zero; what lies behind them is not touched. */
+static void check_gaps(const char *keys)
+{
+	struct tiny *t = tiny_open(keys);
 	struct model_run r = tiny_run(t, 0, 1);
 
-	(void)state;
 	for (uint32_t u = 0; u < t->table.n_units; u++)
 		for (uint32_t p = 0; p < t->table.unit[u].n_parts; p++)
 			memset(t->gradient[u][p], 0xff, t->table.unit[u].n * sizeof(float));
@@ -163,11 +180,24 @@ static void gaps_are_zero(void **state)
 	tiny_close(t);
 }
 
+static void gaps_are_zero(void **state)
+{
+	(void)state;
+	check_gaps("");
+	check_gaps(TINY_LLAMA "}");
+	check_gaps(TINY_QWEN3 "}");
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(tied_with_dropout),       cmocka_unit_test(untied),
-		cmocka_unit_test(other_scales_and_widths), cmocka_unit_test(unscaled_attention),
+		cmocka_unit_test(tied_with_dropout),
+		cmocka_unit_test(untied),
+		cmocka_unit_test(other_scales_and_widths),
+		cmocka_unit_test(unscaled_attention),
+		cmocka_unit_test(llama),
+		cmocka_unit_test(mistral),
+		cmocka_unit_test(qwen3_with_dropout),
 		cmocka_unit_test(gaps_are_zero),
 	};
 

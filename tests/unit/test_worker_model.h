@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A tiny GPT-2 in plain memory for the tests of the worker: parameters, samples, gradients. */
+/* A tiny model in plain memory for the tests of the worker: parameters, samples, gradients. */
 #ifndef SHARDMESH_TEST_WORKER_MODEL_H
 #define SHARDMESH_TEST_WORKER_MODEL_H
 
@@ -49,7 +49,19 @@ static void tiny_fill(struct tiny *t)
 	}
 }
 
-/* keys: JSON members to add, or "". */
+/* Models of the Llama family for tiny_open; more members may follow, and the brace. */
+#define TINY_SIZES                                                                                            \
+	"\"vocab_size\": 31, \"max_position_embeddings\": 8, \"hidden_size\": 12, \"num_hidden_layers\": 3, " \
+	"\"intermediate_size\": 20, \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 4"
+#define TINY_LLAMA                                                                                   \
+	"{\"model_type\": \"llama\", " TINY_SIZES ", \"attention_bias\": true, \"mlp_bias\": true, " \
+	"\"tie_word_embeddings\": false"
+#define TINY_MISTRAL "{\"model_type\": \"mistral\", " TINY_SIZES ", \"sliding_window\": 3, \"rope_theta\": 100.0"
+#define TINY_QWEN3                                                                                                \
+	"{\"model_type\": \"qwen3\", " TINY_SIZES ", \"tie_word_embeddings\": true, \"attention_dropout\": 0.1, " \
+	"\"rope_theta\": 100.0"
+
+/* keys: JSON members to add to a GPT-2, or ""; or a whole model's, from its brace on. */
 static struct tiny *tiny_open(const char *keys)
 {
 	struct tiny *t = calloc(1, sizeof(*t));
@@ -57,10 +69,14 @@ static struct tiny *tiny_open(const char *keys)
 	char json[1024];
 
 	assert_non_null(t);
-	snprintf(json, sizeof(json),
-		 "{\"model_type\": \"gpt2\", \"vocab_size\": 31, \"n_positions\": 8, \"n_embd\": 12, \"n_layer\": 3, "
-		 "\"n_head\": 3%s%s}",
-		 *keys ? ", " : "", keys);
+	if (*keys == '{')
+		snprintf(json, sizeof(json), "%s", keys);
+	else
+		snprintf(
+			json, sizeof(json),
+			"{\"model_type\": \"gpt2\", \"vocab_size\": 31, \"n_positions\": 8, \"n_embd\": 12, \"n_layer\": 3, "
+			"\"n_head\": 3%s%s}",
+			*keys ? ", " : "", keys);
 	if (model_config_parse(json, "test", &t->model, &e) || unit_table_init(&t->table, &t->model, &e) ||
 	    k_profile_detect(NULL, &t->profile, NULL, &e))
 		fail_msg("%s", e.text);
