@@ -13,7 +13,7 @@ set -euo pipefail
 build=(gcc libc6-dev cmake ninja-build pkg-config libevent-dev libjansson-dev libssl-dev libxxhash-dev
 	libdnnl2 libopenblas0-pthread)
 test=(clang clang-format clang-tidy libclang-rt-14-dev libcmocka-dev python3 shellcheck)
-text=(perl-doc fortunes)
+text=(perl-doc)
 
 case ${1-} in
 build) wanted=("${build[@]}") ;;

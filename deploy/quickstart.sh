@@ -7,6 +7,7 @@
 set -euo pipefail
 
 texts=()
+reader=cat
 for file in "$@"; do
 	if [[ ! -r $file ]]; then
 		echo "quickstart.sh: cannot read '$file'; usage: $0 [TEXT FILES...]" >&2
@@ -23,6 +24,7 @@ else
 	# Manual pages only: the unicode tables, the generated index and the release notes are hardly English.
 	mapfile -t texts < <(dpkg -L perl-doc | grep '/pod/perl.*\.pod$' |
 		grep -Ev 'perl(uniprops|toc|api|intern|[0-9]+delta|modlib)\.pod$' | sort)
+	reader=pod2text # the pages as people read them, without their markup
 fi
 
 echo "== build"
@@ -31,7 +33,7 @@ cmake --preset release >build/quickstart/configure.log
 cmake --build --preset release --target meshctl shardsvc worker -- --quiet
 
 work=build/quickstart
-cat "${texts[@]}" >"$work/text.txt"
+for text in "${texts[@]}"; do "$reader" "$text"; done >"$work/text.txt"
 cp deploy/quickstart.json "$work/quickstart.json"
 rm -rf "$work/run"
 echo "== train on $(stat -c %s "$work/text.txt") bytes from ${#texts[@]} files"

@@ -88,6 +88,8 @@ struct progress_view {
 void progress_init(struct progress_view *p, FILE *out, const struct job_config *c);
 /* A step's record as JSON: redraws the bar, or prints a line when one is due. */
 void progress_step(struct progress_view *p, json_t *step);
+/* The job's summary, or a step's record: the latest held-out loss. */
+void progress_summary(struct progress_view *p, json_t *summary);
 /* Makes room for another line of text while a bar stands. */
 void progress_clear(struct progress_view *p);
 

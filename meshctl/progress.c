@@ -73,9 +73,18 @@ static void print_line(struct progress_view *p)
 	fflush(p->out);
 }
 
+void progress_summary(struct progress_view *p, json_t *summary)
+{
+	json_t *validation = json_object_get(summary, "validation_loss");
+
+	if (!json_is_number(validation))
+		return;
+	p->validation_loss = json_number_value(validation);
+	p->has_validation = true;
+}
+
 void progress_step(struct progress_view *p, json_t *step)
 {
-	json_t *validation = json_object_get(step, "validation_loss");
 	double rate = json_number_value(json_object_get(step, "tokens_per_second"));
 
 	p->last_step = (uint64_t)json_integer_value(json_object_get(step, "step"));
@@ -85,10 +94,7 @@ void progress_step(struct progress_view *p, json_t *step)
 	/* A running mean, so that the figure can be read: single steps jitter. */
 	p->tokens_per_second = p->tokens_per_second > 0 ? p->tokens_per_second + 0.1 * (rate - p->tokens_per_second)
 							: rate;
-	if (json_is_number(validation)) {
-		p->validation_loss = json_number_value(validation);
-		p->has_validation = true;
-	}
+	progress_summary(p, step);
 	if (p->terminal)
 		draw_bar(p);
 	else if (p->last_step == p->first_step || p->last_step == p->steps || p->last_step % p->print_every == 0)

@@ -252,6 +252,8 @@ static int watch_message(struct conn *c, const struct wire_header *h, const unio
 	text = json_string_value(json_object_get(j, "text"));
 	if (event && !strcmp(event, "step"))
 		progress_step(&r->progress, j);
+	else if (event && !strcmp(event, "summary"))
+		progress_summary(&r->progress, j);
 	else if (text)
 		say(r, text);
 	json_decref(j);
@@ -322,6 +324,8 @@ static void conclude(const struct run *r)
 	}
 	if (r->signals > 1)
 		return;
+	if (r->progress.has_validation)
+		printf("held-out loss: %.4f nats a token\n", r->progress.validation_loss);
 	printf("steps: %s/steps.jsonl\nmodel: %s/model\n", dir, dir);
 }
 
