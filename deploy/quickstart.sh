@@ -7,7 +7,7 @@
 set -euo pipefail
 
 texts=()
-reader=cat
+reader="cat"
 for file in "$@"; do
 	if [[ ! -r $file ]]; then
 		echo "quickstart.sh: cannot read '$file'; usage: $0 [TEXT FILES...]" >&2
@@ -24,7 +24,7 @@ else
 	# Manual pages only: the unicode tables, the generated index and the release notes are hardly English.
 	mapfile -t texts < <(dpkg -L perl-doc | grep '/pod/perl.*\.pod$' |
 		grep -Ev 'perl(uniprops|toc|api|intern|[0-9]+delta|modlib)\.pod$' | sort)
-	reader=pod2text # the pages as people read them, without their markup
+	reader="pod2text" # the pages as people read them, without their markup
 fi
 
 echo "== build"
