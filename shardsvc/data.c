@@ -103,19 +103,41 @@ static int open_stream(struct data *d)
 	return d->engine.ops->stream_open(&cfg, &d->engine.stream, &d->start_error);
 }
 
-/* First touch here and now: a page fault in a step would not be in the plan's time. */
-static void fill_store(struct data *d)
+static int fill_units(struct data *d, const struct model_weights *w)
 {
 	struct store *s = d->store;
+	int rc = 0;
 
+	for (uint32_t u = 0; !rc && u < s->table->n_units; u++) {
+		if (atomic_load_explicit(&d->stop, memory_order_relaxed))
+			return -ECANCELED;
+		if (w)
+			rc = store_read_unit(s, u, w, &d->start_error);
+		else
+			store_fill_unit(s, u, d->seed);
+	}
+	return rc;
+}
+
+/* First touch here and now: a page fault in a step would not be in the plan's time. */
+static int fill_store(struct data *d)
+{
+	struct model_weights *w = NULL;
+	struct store *s = d->store;
+	int rc = 0;
+
+	if (d->weights)
+		rc = model_weights_open(d->weights, s->table, &w, &d->start_error);
+	if (rc)
+		return rc;
 	memset(s->moments.base, 0, s->moments.size);
 	memset(s->accumulators.base, 0, s->accumulators.size);
-	for (uint32_t u = 0; u < s->table->n_units; u++) {
-		if (atomic_load_explicit(&d->stop, memory_order_relaxed))
-			return;
-		store_fill_unit(s, u, d->seed);
-	}
-	store_publish_initial(s, 0);
+	rc = fill_units(d, w);
+	if (!rc)
+		store_publish_initial(s, 0);
+	if (w)
+		model_weights_close(w);
+	return rc;
 }
 
 /*
@@ -144,10 +166,10 @@ static void *data_main(void *arg)
 	struct job j;
 
 	if (opened)
-		fill_store(d);
+		started.status = fill_store(d);
 	if (!ring_push(&d->done, &started))
 		assert(!"the first answer has room");
-	while (opened && !atomic_load_explicit(&d->stop, memory_order_acquire)) {
+	while (!started.status && !atomic_load_explicit(&d->stop, memory_order_acquire)) {
 		if (ring_pop(&d->jobs, &j))
 			do_job(d, &j);
 		else

@@ -338,10 +338,10 @@ static void applied(struct shard *s, const struct job_done *d)
 void reduce_done(struct shard *s, const struct job_done *d)
 {
 	if (d->status) {
-		shard_end(s, EXIT_JOB_FAILED, true, "%s: %s",
-			  d->type == JOB_START ? "the data thread could not start" : "the data thread failed",
-			  d->type == JOB_START && s->data.start_error.text[0] ? s->data.start_error.text
-									      : strerror(-d->status));
+		if (d->type == JOB_START && s->data.start_error.text[0])
+			shard_end(s, EXIT_JOB_FAILED, true, "%s", s->data.start_error.text);
+		else
+			shard_end(s, EXIT_JOB_FAILED, true, "the data thread failed: %s", strerror(-d->status));
 		return;
 	}
 	for (uint32_t i = 0; i < ARRAY_LEN(d->offer); i++)

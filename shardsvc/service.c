@@ -95,6 +95,7 @@ static int on_welcome(void *ctx, const struct msg_welcome *w, struct err *e)
 		return rc;
 	s->data.threads = choose_threads(s, w->host_members);
 	s->data.seed = s->job.seed;
+	s->data.weights = s->job.weights;
 	log_info(&s->log, "member %u of job %s: state arithmetic on %u threads with %s (%s); the job's profile is %s",
 		 w->member, s->self.job, s->data.threads, s->data.profile.text, reason, w->profile);
 	return publish_open(s, e);

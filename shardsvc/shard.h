@@ -111,6 +111,8 @@ float *sums_at(const struct sum_pool *p, uint32_t id);
 
 /* Initial values of our elements of a unit, the same whoever owns what. Padding stays zero. */
 void store_fill_unit(struct store *s, uint32_t unit, uint64_t seed);
+/* The same from files. -EINVAL, -EIO: e names file and tensor. */
+int store_read_unit(struct store *s, uint32_t unit, const struct model_weights *w, struct err *e);
 
 /* How the data thread computes. */
 #define FOLD_SEGS_MAX (RUNS_PER_UNIT_MAX + 2 * UNIT_PARTS_MAX)
@@ -189,6 +191,7 @@ struct data {
 	struct k_profile profile;
 	unsigned threads;
 	uint64_t seed;
+	const char *weights; /* where the first parameters are read from; NULL: they are random, by seed */
 	struct arena workspace;
 	struct engine engine;
 	struct ring jobs, done;

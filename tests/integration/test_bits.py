@@ -5,9 +5,13 @@ import os
 import random
 import subprocess
 
-from harness import BIN, bits, check, clean_environment, config, main, run, same_bits, wait_for
+from harness import BIN, bits, check, clean_environment, config, finish, main, run, same_bits, start, wait_for
 
 STEPS = 4
+LLAMA = {
+    "model_type": "llama", "vocab_size": 256, "max_position_embeddings": 64, "hidden_size": 64, "num_hidden_layers": 2,
+    "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1,
+}
 
 
 def one(directory, name, *flags, **changes):
@@ -51,6 +55,38 @@ def variants(directory):
     same_bits("spill", one(directory, "spill", "--workers", 3, partial_sum_memory=2 << 17), want)
 
 
+def llama(directory):
+    """The Llama family too: mapped, copied, recomputed, any numbers of members."""
+    want = one(directory, "plain", model=LLAMA)
+    same_bits("s1w1", one(directory, "s1w1", "--shards", 1, "--workers", 1, model=LLAMA), want)
+    same_bits("copy", one(directory, "copy", "--shards", 3, "--workers", 3, "--threads", 2, "--fabric", "local-copy",
+                          model=LLAMA), want)
+    same_bits("recompute", one(directory, "recompute", activations="recompute", model=LLAMA), want)
+
+
+def continued(directory):
+    """A finished model's files are the next job's first parameters, bit for bit, whoever reads which part."""
+    for family in ("gpt2", "llama"):
+        first, second = directory / f"{family}-a", directory / f"{family}-b"
+        changes = {} if family == "gpt2" else {"model": LLAMA}
+        run(config(directory, steps=2, **changes), "--run-dir", first)
+        still = config(directory, steps=1, model=str(first / "model"), initialize="weights",
+                       optimizer__params={"lr": 0.0, "weight_decay": 0.0},
+                       scheduler__params={"warmup_min_lr": 0.0, "warmup_max_lr": 0.0})
+        run(still, "--run-dir", second, "--shards", 3, "--workers", 1)
+        check((first / "model/model.safetensors").read_bytes() == (second / "model/model.safetensors").read_bytes(),
+              f"{family}: the parameters changed on their way through a job that learns nothing")
+
+
+def broken_weights(directory):
+    """A file that lost its end ends the job with the file's name, not with a hang."""
+    run(config(directory, steps=1), "--run-dir", directory / "first")
+    path = directory / "first" / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    code, out = finish(start(config(directory, weights=str(path)), "--run-dir", directory / "second"))
+    check(code != 0 and str(path) in out, f"exit code {code}, and it said:\n{out}")
+
+
 def by_hand(directory):
     """Coordinator and members started one by one, in any order, the endpoint given to each."""
     want = one(directory, "launched")
@@ -88,4 +124,4 @@ def free_port():
         return s.getsockname()[1]
 
 
-main([matrix, small, variants, by_hand])
+main([matrix, small, variants, llama, continued, broken_weights, by_hand])
