@@ -20,4 +20,6 @@ cmake --build --preset release -- --quiet
 export SHARDMESH_BIN=$PWD/build/release/bin
 "$venv/bin/python" tests/peers/make_numbers.py build/peers/gpt2_small.safetensors
 build/release/tests/test_peers_numbers build/peers/gpt2_small.safetensors
+"$venv/bin/python" tests/peers/make_llama.py build/peers
+build/release/tests/test_peers_llama build/peers
 "$venv/bin/python" tests/peers/live.py
