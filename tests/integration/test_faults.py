@@ -9,7 +9,7 @@ import time
 
 from harness import BIN, bits, check, children, clean_environment, config, finish, lines, members, run, same_bits, start, wait_for
 
-STEPS = 200
+STEPS = 100
 
 
 def job(directory, *flags, steps=STEPS, **changes):
