@@ -79,11 +79,6 @@ static int sync_dir(const char *path)
 /* Whoever generates text must know what a token is; Hugging Face's own loaders ignore keys they do not know. */
 static int write_config(const struct export *x, struct err *e)
 {
-	static const char *const format[] = {
-		[DATA_BYTES] = "bytes",
-		[DATA_LLMC] = "llmc",
-		[DATA_NANOGPT] = "nanogpt",
-	};
 	json_t *o = json_loads(x->cfg.job->model.json, 0, NULL), *ours;
 	char path[PATH_MAX], *text = NULL;
 	int rc = path_in(path, x->tmp, "config.json");
@@ -95,7 +90,7 @@ static int write_config(const struct export *x, struct err *e)
 		json_object_set_new(o, "shardmesh", json_object());
 		ours = json_object_get(o, "shardmesh");
 	}
-	json_object_set_new(ours, "data_format", json_string(format[x->cfg.job->data.format]));
+	json_object_set_new(ours, "data_format", json_string(data_token_kind(&x->cfg.job->data)));
 	text = json_dumps(o, JSON_INDENT(2) | JSON_SORT_KEYS);
 	if (text && rc == 0)
 		rc = file_write_atomic(path, text, strlen(text), 0644, e);

@@ -1,286 +1,247 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Token streams. The files of a list, one behind the other, are one stream;
- * each is mapped read-only and nothing is copied or kept. Everything that could
- * go wrong in the middle of training (a file too short, a token the model does
- * not have) is looked for when the stream is opened, which for 16-bit and
- * 32-bit tokens reads all of it once. A file that somebody shortens while it is
- * mapped ends the process with SIGBUS: data is not to be written to during a job.
- *
- * Formats
- *   bytes    each byte is a token; any file
- *   llmc     llm.c (dev/data/data_common.py): 256 int32, of them magic, version
- *            and number of tokens, then the tokens; magic 20240520 version 1:
- *            uint16 (GPT-2), magic 20240801 version 7: uint32 (Llama 3)
- *   nanogpt  nanoGPT (data/.../prepare.py): uint16 tokens and nothing else
+ * Which samples a job sees. Data are sources: streams of tokens, whose windows
+ * tile them, or packed documents. Without weights all windows of all sources
+ * are one list, seen once an epoch in an order of its own. With weights, every
+ * SLOTS samples hold each source's share of them, in a random order, and each
+ * source goes through its own windows at its own pace. Either way a sample is a
+ * function of (seed, its number), whoever asks, and nothing is kept from one to
+ * the next.
  */
-#include "model/model.h"
+#include "model/data_source.h"
 
 #include <assert.h>
-#include <endian.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#define LLMC_HEADER_BYTES 1024u
-#define LLMC_MAGIC_U16 20240520u
-#define LLMC_VERSION_U16 1u
-#define LLMC_MAGIC_U32 20240801u
-#define LLMC_VERSION_U32 7u
+#define SLOTS 65536u
 
-#define SCAN_BLOCK 65536u
-#define SAMPLE_BYTES 4096u
-#define SAMPLE_COUNT 64u
-
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are read in place, and are little-endian");
-
-struct segment {
-	const char *path; /* the config's */
-	const uint8_t *map;
-	uint64_t bytes;
-	const void *token; /* in map */
-	uint32_t width;    /* bytes a token */
-	uint64_t first, n; /* tokens; first: in the stream */
-};
-
-struct stream {
-	struct segment *segment;
-	uint32_t n_segments;
-	uint64_t n; /* tokens */
-};
-
-/* A run of windows in a stream. */
+/* The windows of a source that a split has: consecutive ones. */
 struct range {
-	const struct stream *stream;
-	uint64_t first, n; /* tokens */
-	uint64_t windows;
+	uint64_t tokens, windows;
+	uint64_t first_token;  /* of a stream */
+	uint64_t first_window; /* of packed documents */
+};
+
+struct source {
+	const struct data_source *config;
+	bool is_packed;
+	struct stream stream;
+	struct packed packed;
+	uint64_t begin, slots; /* of SLOTS, where sources have weights */
+};
+
+/* A split's windows: of each source it is made of. */
+struct part {
+	struct source *source; /* [n] */
+	struct range *range;   /* [n] */
+	uint32_t n;
+	uint64_t tokens, windows;
 };
 
 struct data_set {
-	struct stream train, validation;
-	struct range range[2]; /* by enum data_split */
+	struct source *train, *validation;
+	uint32_t n_train, n_validation;
+	struct range *range; /* of both splits */
+	struct part part[2]; /* by enum data_split */
+	bool weighted;
 	uint32_t sequence_length;
 	uint64_t seed, fingerprint;
 };
 
-/* ---------------------------------------------------------------------- files */
-
-static void stream_close(struct stream *s)
+const char *data_token_kind(const struct data_config *c)
 {
-	for (uint32_t i = 0; i < s->n_segments; i++)
-		if (s->segment[i].map)
-			munmap((void *)(uintptr_t)s->segment[i].map, s->segment[i].bytes);
-	free(s->segment);
-	*s = (struct stream){ 0 };
+	static const char *const names[] = { "bytes", "llmc", "nanogpt", "bytes" };
+
+	return names[c->n_train ? c->train[0].format : c->format];
 }
 
-static int map_file(struct segment *g, struct err *e)
+bool data_config_packed(const struct data_config *c)
 {
-	int fd = open(g->path, O_RDONLY | O_CLOEXEC), rc = 0;
-	struct stat st;
-	void *map;
+	bool packed = false;
 
-	if (fd < 0)
-		return err_set(e, -errno, "%s: %s", g->path, strerror(errno));
-	if (fstat(fd, &st))
-		rc = err_set(e, -errno, "%s: %s", g->path, strerror(errno));
-	else if (!S_ISREG(st.st_mode))
-		rc = err_set(e, -EINVAL, "%s: training data must be a regular file", g->path);
-	else if (!st.st_size)
-		rc = err_set(e, -EINVAL, "%s: the file is empty", g->path);
-	if (!rc) {
-		map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-		if (map == MAP_FAILED) {
-			rc = err_set(e, -errno, "%s: cannot be mapped: %s", g->path, strerror(errno));
-		} else {
-			g->map = map;
-			g->bytes = (uint64_t)st.st_size;
-		}
-	}
-	close(fd);
-	return rc;
+	for (uint32_t i = 0; i < c->n_train; i++)
+		packed |= c->train[i].format == DATA_JSONL;
+	for (uint32_t i = 0; i < c->n_validation; i++)
+		packed |= c->validation[i].format == DATA_JSONL;
+	return packed;
 }
 
-static int read_llmc_header(struct segment *g, struct err *e)
-{
-	uint32_t header[3];
-	uint64_t bytes;
+/* -------------------------------------------------------------------- sources */
 
-	if (g->bytes < LLMC_HEADER_BYTES)
-		return err_set(e, -EINVAL, "%s: %llu bytes are too few for llm.c's header of %u", g->path,
-			       (unsigned long long)g->bytes, LLMC_HEADER_BYTES);
-	memcpy(header, g->map, sizeof(header));
-	if (header[0] == LLMC_MAGIC_U16 && header[1] == LLMC_VERSION_U16)
-		g->width = sizeof(uint16_t);
-	else if (header[0] == LLMC_MAGIC_U32 && header[1] == LLMC_VERSION_U32)
-		g->width = sizeof(uint32_t);
+static void source_close(struct source *s)
+{
+	if (s->is_packed)
+		packed_close(&s->packed);
 	else
-		return err_set(
-			e, -EINVAL,
-			"%s: not an llm.c token file: magic %u version %u; known are %u version %u and %u version %u",
-			g->path, header[0], header[1], LLMC_MAGIC_U16, LLMC_VERSION_U16, LLMC_MAGIC_U32,
-			LLMC_VERSION_U32);
-	g->token = g->map + LLMC_HEADER_BYTES;
-	g->n = header[2];
-	bytes = LLMC_HEADER_BYTES + g->n * g->width;
-	if (bytes != g->bytes)
-		return err_set(e, -EINVAL, "%s: the header says %llu tokens, so %llu bytes; the file has %llu", g->path,
-			       (unsigned long long)g->n, (unsigned long long)bytes, (unsigned long long)g->bytes);
-	return 0;
+		stream_close(&s->stream);
 }
 
-static int find_tokens(struct segment *g, enum data_format format, struct err *e)
-{
-	if (format == DATA_LLMC)
-		return read_llmc_header(g, e);
-	g->width = format == DATA_BYTES ? 1 : sizeof(uint16_t);
-	if (g->bytes % g->width)
-		return err_set(e, -EINVAL, "%s: %llu bytes are no whole number of 16-bit tokens", g->path,
-			       (unsigned long long)g->bytes);
-	g->token = g->map;
-	g->n = g->bytes / g->width;
-	return 0;
-}
-
-/* Whether any of n tokens is at or beyond vocab: plain loops that the compiler makes wide. */
-static bool any_beyond(const struct segment *g, uint64_t at, uint64_t n, uint32_t vocab)
-{
-	uint32_t most = 0;
-
-	if (g->width == sizeof(uint16_t)) {
-		const uint16_t *t = (const uint16_t *)g->token + at;
-		uint16_t m = 0;
-
-		for (uint64_t i = 0; i < n; i++)
-			m = t[i] > m ? t[i] : m;
-		most = m;
-	} else {
-		const uint32_t *t = (const uint32_t *)g->token + at;
-
-		for (uint64_t i = 0; i < n; i++)
-			most = t[i] > most ? t[i] : most;
-	}
-	return most >= vocab;
-}
-
-static uint32_t segment_token(const struct segment *g, uint64_t i)
-{
-	switch (g->width) {
-	case 1:
-		return ((const uint8_t *)g->token)[i];
-	case 2:
-		return ((const uint16_t *)g->token)[i];
-	default:
-		return ((const uint32_t *)g->token)[i];
-	}
-}
-
-static int check_tokens(const struct segment *g, uint32_t vocab, struct err *e)
-{
-	if (g->width == 1 || (g->width == 2 && vocab > UINT16_MAX))
-		return 0;
-	for (uint64_t at = 0; at < g->n; at += SCAN_BLOCK) {
-		uint64_t n = g->n - at < SCAN_BLOCK ? g->n - at : SCAN_BLOCK;
-
-		if (!any_beyond(g, at, n, vocab))
-			continue;
-		while (segment_token(g, at) < vocab)
-			at++;
-		return err_set(e, -EINVAL, "%s: token %llu is %u, and the model's vocab_size is %u", g->path,
-			       (unsigned long long)at, segment_token(g, at), vocab);
-	}
-	return 0;
-}
-
-static int stream_open(struct stream *s, char *const *path, uint32_t n, enum data_format format, uint32_t vocab,
-		       struct err *e)
+static int sources_open(struct source *s, uint32_t *n_open, const struct data_source *c, uint32_t n, uint32_t length,
+			uint32_t vocab, struct err *e)
 {
 	int rc = 0;
 
-	s->segment = calloc(n ? n : 1, sizeof(*s->segment));
-	if (!s->segment)
-		return err_set(e, -ENOMEM, "data: out of memory for %u files", n);
 	for (uint32_t i = 0; i < n && !rc; i++) {
-		struct segment *g = &s->segment[s->n_segments++];
-
-		*g = (struct segment){ .path = path[i], .first = s->n };
-		rc = map_file(g, e);
-		if (!rc)
-			rc = find_tokens(g, format, e);
-		if (!rc)
-			rc = check_tokens(g, vocab, e);
-		s->n += g->n;
+		s[i] = (struct source){ .config = &c[i], .is_packed = c[i].format == DATA_JSONL };
+		++*n_open;
+		rc = s[i].is_packed ? packed_open(&s[i].packed, &c[i], length, vocab, e)
+				    : stream_open(&s[i].stream, &c[i], vocab, e);
 	}
 	return rc;
 }
 
-/* --------------------------------------------------------------- fingerprint */
-
-static uint64_t stream_hash(const struct stream *s, uint64_t h)
+static uint64_t source_hash(const struct source *s, uint64_t h)
 {
-	for (uint32_t i = 0; i < s->n_segments; i++) {
-		const struct segment *g = &s->segment[i];
-		uint64_t bytes = g->bytes < SAMPLE_BYTES ? g->bytes : SAMPLE_BYTES, room = g->bytes - bytes;
+	if (s->is_packed) {
+		for (uint32_t i = 0; i < s->packed.n_files; i++)
+			h = data_file_hash(&s->packed.file[i], h);
+		return h;
+	}
+	for (uint32_t i = 0; i < s->stream.n_segments; i++)
+		h = data_file_hash(&s->stream.segment[i].file, h);
+	return h;
+}
 
-		h = hash64(&g->bytes, sizeof(g->bytes), h);
-		for (uint64_t k = 0; k < SAMPLE_COUNT; k++)
-			h = hash64(g->map + room / (SAMPLE_COUNT - 1) * k, bytes, h);
-		h = hash64(g->map + room, bytes, h);
+/* One source without a weight hashes as its files do behind its format. */
+static uint64_t sources_hash(const struct source *s, uint32_t n, uint64_t h)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		if (i > 0 || s[i].config->weight > 0) {
+			h = hash64(&s[i].config->format, sizeof(s[i].config->format), h);
+			h = hash64(&s[i].config->weight, sizeof(s[i].config->weight), h);
+		}
+		h = source_hash(&s[i], h);
 	}
 	return h;
 }
 
-/* -------------------------------------------------------------------- data set */
+/* --------------------------------------------------------------------- splits */
 
-static int set_range(struct data_set *d, enum data_split split, const struct stream *s, uint64_t first, uint64_t n,
-		     struct err *e)
+/* The last `fraction` of a source if it is held out, else all but that. */
+static struct range cut(const struct source *s, uint32_t length, double fraction, bool held_out)
 {
-	if (n <= d->sequence_length)
+	uint64_t all = s->is_packed ? s->packed.windows : s->stream.n, out = (uint64_t)((double)all * fraction);
+	uint64_t n = held_out ? out : all - out, first = held_out ? all - out : 0;
+
+	if (s->is_packed)
+		return (struct range){ .tokens = packed_inputs(&s->packed, first, n),
+				       .windows = n,
+				       .first_window = first };
+	return (struct range){ .tokens = n, .windows = n > length ? (n - 1) / length : 0, .first_token = first };
+}
+
+static int set_part(struct data_set *d, enum data_split split, struct source *s, uint32_t n, struct range *r,
+		    double fraction, bool held_out, struct err *e)
+{
+	const char *what = split == DATA_TRAIN ? "training" : "validation";
+	struct part *p = &d->part[split];
+
+	*p = (struct part){ .source = s, .range = r, .n = n };
+	for (uint32_t i = 0; i < n; i++) {
+		r[i] = cut(&s[i], d->sequence_length, fraction, held_out);
+		p->tokens += r[i].tokens;
+		p->windows += r[i].windows;
+		if (r[i].windows)
+			continue;
+		if (s[i].is_packed)
+			return err_set(e, -EINVAL, "%s: %s data has no document for a sample", s[i].config->path[0],
+				       what);
 		return err_set(
 			e, -EINVAL,
-			"%s data has %llu tokens, and a sample is %llu (sequence_length %u and the token behind it)",
-			split == DATA_TRAIN ? "training" : "validation", (unsigned long long)n,
+			"%s: %s data has %llu tokens, and a sample is %llu (sequence_length %u and the token behind it)",
+			s[i].config->path[0], what, (unsigned long long)r[i].tokens,
 			(unsigned long long)d->sequence_length + 1, d->sequence_length);
-	d->range[split] = (struct range){ s, first, n, (n - 1) / d->sequence_length };
+	}
 	return 0;
 }
 
-static int set_ranges(struct data_set *d, const struct data_config *c, struct err *e)
+static int set_parts(struct data_set *d, double fraction, struct err *e)
 {
-	uint64_t held_out = (uint64_t)((double)d->train.n * c->validation_fraction);
+	struct range *held_out = d->range + d->n_train;
 	int rc = 0;
 
-	if (c->n_validation)
-		rc = set_range(d, DATA_VALIDATION, &d->validation, 0, d->validation.n, e);
-	else if (c->validation_fraction > 0)
-		rc = set_range(d, DATA_VALIDATION, &d->train, d->train.n - held_out, held_out, e);
-	return rc ? rc : set_range(d, DATA_TRAIN, &d->train, 0, d->train.n - held_out, e);
+	if (d->n_validation)
+		rc = set_part(d, DATA_VALIDATION, d->validation, d->n_validation, held_out, 0, false, e);
+	else if (fraction > 0)
+		rc = set_part(d, DATA_VALIDATION, d->train, d->n_train, held_out, fraction, true, e);
+	return rc ? rc : set_part(d, DATA_TRAIN, d->train, d->n_train, d->range, fraction, false, e);
+}
+
+/* Shares of SLOTS by weight: rounded down, and what is left to those that lost most, the first among equals. */
+static int set_slots(struct data_set *d, struct err *e)
+{
+	double sum = 0, rest[DATA_SOURCES_MAX];
+	uint64_t given = 0;
+
+	for (uint32_t i = 0; i < d->n_train; i++)
+		sum += d->train[i].config->weight;
+	d->weighted = sum > 0;
+	if (!d->weighted)
+		return 0;
+	for (uint32_t i = 0; i < d->n_train; i++) {
+		double share = d->train[i].config->weight / sum * SLOTS;
+
+		d->train[i].slots = (uint64_t)share;
+		rest[i] = share - (double)d->train[i].slots;
+		given += d->train[i].slots;
+	}
+	for (; given < SLOTS; given++) {
+		uint32_t most = 0;
+
+		for (uint32_t i = 1; i < d->n_train; i++)
+			most = rest[i] > rest[most] ? i : most;
+		d->train[most].slots++;
+		rest[most] -= 1;
+	}
+	for (uint32_t i = 0; i < d->n_train; i++) {
+		d->train[i].begin = i ? d->train[i - 1].begin + d->train[i - 1].slots : 0;
+		if (!d->train[i].slots)
+			return err_set(e, -EINVAL, "%s: its weight is less than 1 in %u", d->train[i].config->path[0],
+				       SLOTS);
+	}
+	return 0;
+}
+
+/* ----------------------------------------------------------------------- open */
+
+static int open_all(struct data_set *d, const struct data_config *c, uint32_t vocab, struct err *e)
+{
+	int rc;
+
+	d->train = calloc(c->n_train, sizeof(*d->train));
+	d->validation = calloc(c->n_validation ? c->n_validation : 1, sizeof(*d->validation));
+	d->range = calloc(2 * (size_t)c->n_train + c->n_validation, sizeof(*d->range));
+	if (!d->train || !d->validation || !d->range)
+		return err_set(e, -ENOMEM, "data: out of memory");
+	rc = sources_open(d->train, &d->n_train, c->train, c->n_train, c->sequence_length, vocab, e);
+	if (!rc)
+		rc = sources_open(d->validation, &d->n_validation, c->validation, c->n_validation, c->sequence_length,
+				  vocab, e);
+	if (!rc)
+		rc = set_parts(d, c->n_validation ? 0 : c->validation_fraction, e);
+	return rc ? rc : set_slots(d, e);
 }
 
 int data_open(const struct data_config *c, uint64_t seed, uint32_t vocab, struct data_set **out, struct err *e)
 {
 	struct data_set *d = calloc(1, sizeof(*d));
+	uint64_t h;
 	int rc;
 
-	assert(c->sequence_length > 0 && c->n_train > 0);
+	assert(c->sequence_length > 0 && c->n_train > 0 && c->n_train <= DATA_SOURCES_MAX);
 	if (!d)
 		return err_set(e, -ENOMEM, "data: out of memory");
 	d->sequence_length = c->sequence_length;
 	d->seed = seed;
-	rc = stream_open(&d->train, c->train, c->n_train, c->format, vocab, e);
-	if (!rc)
-		rc = stream_open(&d->validation, c->validation, c->n_validation, c->format, vocab, e);
-	if (!rc)
-		rc = set_ranges(d, c, e);
+	rc = open_all(d, c, vocab, e);
 	if (rc) {
 		data_close(d);
 		return rc;
 	}
-	d->fingerprint = stream_hash(&d->validation, stream_hash(&d->train, c->format));
+	h = sources_hash(d->train, d->n_train, c->train[0].format);
+	d->fingerprint = sources_hash(d->validation, d->n_validation, h);
 	*out = d;
 	return 0;
 }
@@ -289,19 +250,24 @@ void data_close(struct data_set *d)
 {
 	if (!d)
 		return;
-	stream_close(&d->train);
-	stream_close(&d->validation);
+	for (uint32_t i = 0; i < d->n_train; i++)
+		source_close(&d->train[i]);
+	for (uint32_t i = 0; i < d->n_validation; i++)
+		source_close(&d->validation[i]);
+	free(d->train);
+	free(d->validation);
+	free(d->range);
 	free(d);
 }
 
 uint64_t data_tokens(const struct data_set *d, enum data_split split)
 {
-	return d->range[split].n;
+	return d->part[split].tokens;
 }
 
 uint64_t data_windows(const struct data_set *d, enum data_split split)
 {
-	return d->range[split].windows;
+	return d->part[split].windows;
 }
 
 uint64_t data_fingerprint(const struct data_set *d)
@@ -309,54 +275,131 @@ uint64_t data_fingerprint(const struct data_set *d)
 	return d->fingerprint;
 }
 
-/* n tokens of the stream from `at` on. */
-static void stream_read(const struct stream *s, uint64_t at, uint64_t n, uint32_t *out)
+bool data_packed(const struct data_set *d)
 {
-	const struct segment *g = s->segment;
+	bool packed = false;
 
-	while (at >= g->first + g->n)
-		g++;
-	for (; n > 0; g++) {
-		uint64_t from = at - g->first, count = g->n - from < n ? g->n - from : n;
-
-		for (uint64_t i = 0; i < count; i++)
-			out[i] = segment_token(g, from + i);
-		out += count;
-		at += count;
-		n -= count;
-	}
+	for (uint32_t i = 0; i < d->n_train; i++)
+		packed |= d->train[i].is_packed;
+	for (uint32_t i = 0; i < d->n_validation; i++)
+		packed |= d->validation[i].is_packed;
+	return packed;
 }
 
-/* An epoch is a permutation of all windows, its own each time; the last sample of one is followed by the next's first. */
-static uint64_t train_window(const struct data_set *d, uint64_t sample)
+uint64_t data_memory(const struct data_set *d)
 {
-	static const char name[] = "training order";
-	uint64_t windows = d->range[DATA_TRAIN].windows, epoch = sample / windows;
-	uint64_t stream = hash64(name, sizeof(name), epoch);
+	uint64_t bytes = 0;
+
+	for (uint32_t i = 0; i < d->n_train + d->n_validation; i++) {
+		const struct source *s = i < d->n_train ? &d->train[i] : &d->validation[i - d->n_train];
+
+		if (s->is_packed)
+			bytes += s->packed.n_pieces * sizeof(*s->packed.piece) +
+				 ((uint64_t)s->packed.windows + 1) * sizeof(*s->packed.first_piece);
+	}
+	return bytes;
+}
+
+/* -------------------------------------------------------------------- samples */
+
+/* A window of a source. */
+struct sample {
+	const struct source *source;
+	const struct range *range;
+	uint64_t window; /* of the range */
+};
+
+/* Window w of all the part's windows, source by source. */
+static struct sample part_window(const struct part *p, uint64_t w)
+{
+	uint32_t i = 0;
+
+	while (w >= p->range[i].windows)
+		w -= p->range[i++].windows;
+	return (struct sample){ &p->source[i], &p->range[i], w };
+}
+
+static const char order_name[] = "training order";
+
+/* An epoch is a permutation of the windows, its own each time; the last sample of one is followed by the next's first. */
+static uint64_t permuted(const struct data_set *d, uint64_t windows, uint64_t sample, uint64_t salt)
+{
+	uint64_t stream = hash64(order_name, sizeof(order_name), sample / windows + salt);
 
 	return rng_permute(d->seed, stream, windows, sample % windows);
 }
 
-/* Samples of an evaluation stand at even distances, the same in every evaluation. */
-static uint64_t evaluation_window(const struct data_set *d, uint64_t sample, uint64_t n_samples)
+static struct sample weighted_sample(const struct data_set *d, uint64_t sample)
 {
-	return (uint64_t)((unsigned __int128)sample * d->range[DATA_VALIDATION].windows / n_samples);
+	static const char name[] = "order of sources";
+	const struct part *p = &d->part[DATA_TRAIN];
+	uint64_t block = sample / SLOTS, slot;
+	uint32_t i = 0;
+
+	slot = rng_permute(d->seed, hash64(name, sizeof(name), block), SLOTS, sample % SLOTS);
+	while (slot >= p->source[i].begin + p->source[i].slots)
+		i++;
+	sample = block * p->source[i].slots + (slot - p->source[i].begin);
+	/* Sources that happen to have the same number of windows do not go through them in the same order. */
+	return (struct sample){ &p->source[i], &p->range[i],
+				permuted(d, p->range[i].windows, sample, hash64(&i, sizeof(i), 0)) };
+}
+
+static struct sample train_sample(const struct data_set *d, uint64_t sample)
+{
+	const struct part *p = &d->part[DATA_TRAIN];
+
+	return d->weighted ? weighted_sample(d, sample) : part_window(p, permuted(d, p->windows, sample, 0));
+}
+
+/* Samples of an evaluation stand at even distances, the same in every evaluation. */
+static struct sample evaluation_sample(const struct data_set *d, uint64_t sample, uint64_t n_samples)
+{
+	const struct part *p = &d->part[DATA_VALIDATION];
+
+	return part_window(p, (uint64_t)((unsigned __int128)sample * p->windows / n_samples));
+}
+
+/* Sample j of a micro-batch. */
+static struct sample find_sample(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro,
+				 uint32_t index, uint32_t micro_batch, uint32_t j)
+{
+	uint64_t per_step = (uint64_t)n_micro * micro_batch, in_step = (uint64_t)index * micro_batch + j;
+
+	assert(d->part[split].windows > 0 && index < n_micro && (split == DATA_VALIDATION || step > 0));
+	return split == DATA_TRAIN ? train_sample(d, (step - 1) * per_step + in_step)
+				   : evaluation_sample(d, in_step, per_step);
 }
 
 void data_micro_batch(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
 		      uint32_t micro_batch, uint32_t *tokens, uint32_t *targets)
 {
-	const struct range *r = &d->range[split];
-	uint64_t per_step = (uint64_t)n_micro * micro_batch, seq = d->sequence_length;
+	uint64_t seq = d->sequence_length;
 
-	assert(r->windows > 0 && index < n_micro && (split == DATA_VALIDATION || step > 0));
-	for (uint32_t j = 0; j < micro_batch; j++) {
-		uint64_t in_step = (uint64_t)index * micro_batch + j;
-		uint64_t w = split == DATA_TRAIN ? train_window(d, (step - 1) * per_step + in_step)
-						 : evaluation_window(d, in_step, per_step);
-		uint64_t at = r->first + w * seq;
+	for (uint32_t j = 0; j < micro_batch; j++, tokens += seq, targets += seq) {
+		struct sample s = find_sample(d, split, step, n_micro, index, micro_batch, j);
+		uint64_t at = s.range->first_token + s.window * seq;
 
-		stream_read(r->stream, at, seq, tokens + j * seq);
-		stream_read(r->stream, at + 1, seq, targets + j * seq);
+		if (s.source->is_packed) {
+			packed_read(&s.source->packed, s.range->first_window + s.window, tokens, targets);
+			continue;
+		}
+		stream_read(&s.source->stream, at, seq, tokens);
+		stream_read(&s.source->stream, at + 1, seq, targets);
+	}
+}
+
+void data_first_keys(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
+		     uint32_t micro_batch, uint32_t *first_key)
+{
+	uint64_t seq = d->sequence_length;
+
+	for (uint32_t j = 0; j < micro_batch; j++, first_key += seq) {
+		struct sample s = find_sample(d, split, step, n_micro, index, micro_batch, j);
+
+		if (s.source->is_packed)
+			packed_first_keys(&s.source->packed, s.range->first_window + s.window, first_key);
+		else
+			memset(first_key, 0, seq * sizeof(*first_key));
 	}
 }

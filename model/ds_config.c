@@ -471,11 +471,18 @@ static void release_paths(char **path, uint32_t n)
 	free(path);
 }
 
+static void release_sources(struct data_source *s, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		release_paths(s[i].path, s[i].n_paths);
+	free(s);
+}
+
 void job_config_release(struct job_config *c)
 {
 	model_config_release(&c->model);
-	release_paths(c->data.train, c->data.n_train);
-	release_paths(c->data.validation, c->data.n_validation);
+	release_sources(c->data.train, c->data.n_train);
+	release_sources(c->data.validation, c->data.n_validation);
 	release_paths(c->note, c->n_notes);
 	free(c->weights);
 	free(c->fabric);

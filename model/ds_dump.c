@@ -69,19 +69,37 @@ int job_config_override(struct job_config *c, const struct job_overrides *o, str
 
 /* --------------------------------------------------------------- validation */
 
+static const char *const format_names[] = { "bytes", "llmc", "nanogpt", "jsonl" };
+
+/* Bytes are tokens 0 to 255; files of tokens are looked into when they are opened. */
+static int check_vocabulary(const struct job_config *c, const struct data_source *s, uint32_t n, struct err *e)
+{
+	for (uint32_t i = 0; i < n; i++)
+		if ((s[i].format == DATA_BYTES || s[i].format == DATA_JSONL) && c->model.vocab_size < 256)
+			return err_set(e, -EINVAL,
+				       "shardmesh.model: vocab_size %u is too small for data of format \"%s\", which "
+				       "needs 256",
+				       c->model.vocab_size, format_names[s[i].format]);
+	return 0;
+}
+
 static int validate_data(const struct job_config *c, struct err *e)
 {
 	const struct data_config *d = &c->data;
+	int rc;
 
 	if (d->sequence_length > c->model.n_positions)
 		return err_set(e, -EINVAL,
 			       "shardmesh.data.sequence_length: %u is longer than the model's n_positions %u",
 			       d->sequence_length, c->model.n_positions);
-	if (d->format == DATA_BYTES && c->model.vocab_size < 256)
-		return err_set(
-			e, -EINVAL,
-			"shardmesh.model: vocab_size %u is too small for data of format \"bytes\", which needs 256",
-			c->model.vocab_size);
+	rc = check_vocabulary(c, d->train, d->n_train, e);
+	if (!rc)
+		rc = check_vocabulary(c, d->validation, d->n_validation, e);
+	if (rc)
+		return rc;
+	if (d->n_validation && strcmp(data_token_kind(d), "bytes") != 0 &&
+	    (d->validation[0].format == DATA_BYTES || d->validation[0].format == DATA_JSONL))
+		return err_set(e, -EINVAL, "shardmesh.data: training data are tokens and validation data are bytes");
 	if (d->n_validation && d->validation_fraction > 0)
 		return err_set(e, -EINVAL,
 			       "shardmesh.data: validation and validation_fraction are both given; give one");
@@ -206,19 +224,47 @@ static json_t *path_list(char *const *path, uint32_t n)
 	return list;
 }
 
+static json_t *source_object(const struct data_source *s)
+{
+	json_t *o = json_object();
+	int bad = json_object_set_new(o, "path", path_list(s->path, s->n_paths));
+
+	bad |= json_object_set_new(o, "format", json_string(format_names[s->format]));
+	if (s->weight > 0)
+		bad |= json_object_set_new(o, "weight", json_real(s->weight));
+	if (bad) {
+		json_decref(o);
+		return NULL;
+	}
+	return o;
+}
+
+/* Sources with all they have said; a json_array_append_new of NULL fails. */
+static json_t *source_list(const struct data_source *s, uint32_t n)
+{
+	json_t *list = json_array();
+
+	for (uint32_t i = 0; list && i < n; i++) {
+		if (json_array_append_new(list, source_object(&s[i]))) {
+			json_decref(list);
+			return NULL;
+		}
+	}
+	return list;
+}
+
 static int put_shardmesh(json_t *root, const struct job_config *c)
 {
-	static const char *const formats[] = { "bytes", "llmc", "nanogpt" };
 	static const char *const activations[] = { "auto", "keep", "recompute" };
 	int bad = put(root, "shardmesh.model", json_loads(c->model.json, 0, NULL));
 
 	bad |= put(root, "shardmesh.initialize", json_string(c->weights ? "weights" : "random"));
 	if (c->weights)
 		bad |= put(root, "shardmesh.weights", json_string(c->weights));
-	bad |= put(root, "shardmesh.data.train", path_list(c->data.train, c->data.n_train));
+	bad |= put(root, "shardmesh.data.train", source_list(c->data.train, c->data.n_train));
 	if (c->data.n_validation)
-		bad |= put(root, "shardmesh.data.validation", path_list(c->data.validation, c->data.n_validation));
-	bad |= put(root, "shardmesh.data.format", json_string(formats[c->data.format]));
+		bad |= put(root, "shardmesh.data.validation", source_list(c->data.validation, c->data.n_validation));
+	bad |= put(root, "shardmesh.data.format", json_string(format_names[c->data.format]));
 	bad |= put(root, "shardmesh.data.sequence_length", json_integer(c->data.sequence_length));
 	bad |= put(root, "shardmesh.eval_batches", json_integer(c->eval_batches));
 	bad |= put(root, "shardmesh.fabric", json_string(c->fabric));

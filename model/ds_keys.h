@@ -77,7 +77,7 @@ int ds_read_stage(struct ds_parse *p, const struct json_path *path, const json_t
 int ds_read_model(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_weights(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const json_t *v);
-int ds_read_paths(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_sources(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_eval_batches(struct ds_parse *p, const struct json_path *path, const json_t *v);

@@ -301,21 +301,16 @@ static int read_path(struct ds_parse *p, const struct json_path *path, const jso
 	char words[64];
 
 	if (!json_is_string(v) || !json_string_length(v))
-		return json_fail(&p->doc, path, p->e, "expected a path or a list of paths, found %s",
-				 json_words(v, words));
+		return json_fail(&p->doc, path, p->e, "expected a path, found %s", json_words(v, words));
 	*out = ds_absolute(p->base_dir, json_string_value(v));
 	return *out ? 0 : out_of_memory(p);
 }
 
 int ds_read_weights(struct ds_parse *p, const struct json_path *path, const json_t *v)
 {
-	char words[64];
-
-	if (!json_is_string(v) || !json_string_length(v))
-		return json_fail(&p->doc, path, p->e, "expected a path, found %s", json_words(v, words));
 	free(p->c->weights);
-	p->c->weights = ds_absolute(p->base_dir, json_string_value(v));
-	return p->c->weights ? 0 : out_of_memory(p);
+	p->c->weights = NULL;
+	return read_path(p, path, v, &p->c->weights);
 }
 
 int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const json_t *v)
@@ -328,33 +323,135 @@ int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const j
 	return i < 0 ? i : 0;
 }
 
-/* data.train and data.validation: a path or a list of paths. */
-int ds_read_paths(struct ds_parse *p, const struct json_path *path, const json_t *v)
-{
-	bool train = !strcmp(path->key, "train");
-	uint32_t *n = train ? &p->c->data.n_train : &p->c->data.n_validation;
-	char ***list = train ? &p->c->data.train : &p->c->data.validation;
-	size_t count = json_is_array(v) ? json_array_size(v) : 1;
-	int rc = 0;
-
-	if (!count)
-		return json_fail(&p->doc, path, p->e, "expected a path or a list of paths, found an empty list");
-	*list = calloc(count, sizeof(**list));
-	if (!*list)
-		return out_of_memory(p);
-	for (; !rc && *n < count; *n += !rc)
-		rc = read_path(p, path, json_is_array(v) ? json_array_get(v, *n) : v, &(*list)[*n]);
-	return rc;
-}
+static const char *const format_words[] = { "bytes", "llmc", "nanogpt", "jsonl", NULL };
 
 int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v)
 {
-	static const char *const words[] = { "bytes", "llmc", "nanogpt", NULL };
-	int i = read_word(p, path, v, words);
+	int i = read_word(p, path, v, format_words);
 
 	if (i >= 0)
 		p->c->data.format = (enum data_format)i;
 	return i < 0 ? i : 0;
+}
+
+/* data.format, which may stand behind the sources that take it; what is wrong with it is said when its turn comes. */
+static enum data_format default_format(const struct ds_parse *p)
+{
+	const json_t *data = json_object_get(json_object_get(p->doc.root, "shardmesh"), "data");
+	const char *word = json_string_value(json_object_get(data, "format"));
+
+	for (int i = 0; word && format_words[i]; i++)
+		if (!strcmp(word, format_words[i]))
+			return (enum data_format)i;
+	return DATA_BYTES;
+}
+
+static int read_path_list(struct ds_parse *p, const struct json_path *path, const json_t *v, struct data_source *s)
+{
+	size_t count = json_is_array(v) ? json_array_size(v) : 1;
+	char words[64];
+	int rc = 0;
+
+	if (!count || !(json_is_array(v) || json_is_string(v)))
+		return json_fail(&p->doc, path, p->e, "expected a path or a list of paths, found %s",
+				 count ? json_words(v, words) : "an empty list");
+	s->path = calloc(count, sizeof(*s->path));
+	if (!s->path)
+		return out_of_memory(p);
+	for (; !rc && s->n_paths < count; s->n_paths += !rc)
+		rc = read_path(p, path, json_is_array(v) ? json_array_get(v, s->n_paths) : v, &s->path[s->n_paths]);
+	return rc;
+}
+
+static int read_source_key(struct ds_parse *p, const struct json_path *path, const json_t *v, bool train,
+			   struct data_source *s)
+{
+	static const char *const names[] = { "path", "format", "weight", NULL };
+	const char *near = nearest_name(path->key, names);
+	int i;
+
+	if (!strcmp(path->key, "path"))
+		return read_path_list(p, path, v, s);
+	if (!strcmp(path->key, "weight") && train)
+		return json_read_f64(&p->doc, path, v, 1e-6, 1e6, &s->weight, p->e);
+	if (!strcmp(path->key, "weight"))
+		return json_fail(&p->doc, path, p->e, "held-out data are taken evenly; leave it out");
+	if (strcmp(path->key, "format"))
+		return json_fail(&p->doc, path, p->e, "unknown key; %s%s%s", near ? "did you mean \"" : "",
+				 near ? near : "a source has path, format and weight", near ? "\"?" : "");
+	i = read_word(p, path, v, format_words);
+	if (i >= 0)
+		s->format = (enum data_format)i;
+	return i < 0 ? i : 0;
+}
+
+/* A path, or {"path", "format", "weight"}. */
+static int read_source(struct ds_parse *p, const struct json_path *at, const json_t *v, struct data_source *s)
+{
+	const char *key;
+	json_t *member;
+	int rc = 0;
+
+	if (!json_is_object(v))
+		return read_path_list(p, at, v, s);
+	json_object_foreach((json_t *)v, key, member)
+	{
+		struct json_path path = { at, key };
+
+		if (!rc && !json_is_null(member))
+			rc = read_source_key(p, &path, member, !strcmp(at->key, "train"), s);
+	}
+	if (!rc && !s->path)
+		rc = json_fail(&p->doc, at, p->e, "a source without path");
+	return rc;
+}
+
+static bool all_strings(const json_t *list)
+{
+	for (size_t i = 0; i < json_array_size(list); i++)
+		if (!json_is_string(json_array_get(list, i)))
+			return false;
+	return true;
+}
+
+/* All sources have a weight or none has; tokens of two kinds would mean different things by the same number. */
+static int check_sources(struct ds_parse *p, const struct json_path *path, const struct data_source *s, uint32_t n)
+{
+	for (uint32_t i = 1; i < n; i++) {
+		bool bytes = s[i].format == DATA_BYTES || s[i].format == DATA_JSONL;
+
+		if ((s[i].weight > 0) != (s[0].weight > 0))
+			return json_fail(&p->doc, path, p->e, "give every source a weight, or none");
+		if (bytes != (s[0].format == DATA_BYTES || s[0].format == DATA_JSONL))
+			return json_fail(&p->doc, path, p->e,
+					 "\"%s\" and \"%s\" do not mix: one's tokens are bytes, the other's are not",
+					 format_words[s[0].format], format_words[s[i].format]);
+	}
+	return 0;
+}
+
+/* data.train and data.validation: a path or a list of paths, which are one source, or a list of sources. */
+int ds_read_sources(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	bool train = !strcmp(path->key, "train"), list = json_is_array(v) && !all_strings(v);
+	uint32_t *n = train ? &p->c->data.n_train : &p->c->data.n_validation;
+	struct data_source **sources = train ? &p->c->data.train : &p->c->data.validation;
+	size_t count = list ? json_array_size(v) : 1;
+	int rc = 0;
+
+	if (count > DATA_SOURCES_MAX)
+		return json_fail(&p->doc, path, p->e, "more than %u sources", DATA_SOURCES_MAX);
+	*sources = calloc(count, sizeof(**sources));
+	if (!*sources)
+		return out_of_memory(p);
+	while (!rc && *n < count) {
+		struct data_source *s = &(*sources)[*n];
+
+		s->format = default_format(p);
+		rc = read_source(p, path, list ? json_array_get(v, *n) : v, s);
+		++*n;
+	}
+	return rc ? rc : check_sources(p, path, *sources, *n);
 }
 
 int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v)

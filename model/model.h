@@ -117,18 +117,31 @@ struct zero_config {
 	bool overlap_comm, contiguous_gradients, stage3_gather_16bit_weights_on_model_save;
 };
 
-enum data_format { DATA_BYTES, DATA_LLMC, DATA_NANOGPT };
+enum data_format { DATA_BYTES, DATA_LLMC, DATA_NANOGPT, DATA_JSONL };
 enum activations_mode { ACTIVATIONS_AUTO, ACTIVATIONS_KEEP, ACTIVATIONS_RECOMPUTE };
 
+/* Files of one format, one behind the other. */
+struct data_source {
+	char **path; /* n_paths of them */
+	uint32_t n_paths;
+	enum data_format format;
+	double weight; /* its share of the samples, against the others'; 0: not given, and then nobody's is */
+};
+#define DATA_SOURCES_MAX 256u
+
 struct data_config {
-	char **train; /* paths, n_train of them */
+	struct data_source *train; /* n_train of them */
 	uint32_t n_train;
-	char **validation; /* or none, and validation_fraction of train's tail */
+	struct data_source *validation; /* or none, and validation_fraction of train's tail */
 	uint32_t n_validation;
 	double validation_fraction;
-	enum data_format format;
+	enum data_format format; /* of sources that do not name theirs */
 	uint32_t sequence_length;
 };
+/* What a token of these data is: "bytes", "llmc", "nanogpt". JSONL's are bytes. */
+const char *data_token_kind(const struct data_config *c);
+/* Whether any source holds documents that must not see each other: data_first_keys. */
+bool data_config_packed(const struct data_config *c);
 
 struct job_config {
 	/* batch arithmetic as given; 0: not given */
@@ -377,28 +390,49 @@ int shard_plan_make(const struct job_config *c, const struct unit_table *t, cons
 /* ------------------------------------------------------------------------ data */
 
 /*
- * Token streams, memory-mapped, opened once by each worker. A sample is
- * sequence_length + 1 consecutive tokens; windows tile the stream. Which sample
- * stands where is a pure function of (seed, step, micro-batch): a permutation of
- * all windows an epoch.
+ * Data, memory-mapped, opened once by each worker. A sample is sequence_length
+ * tokens and the one behind each: windows tile a stream of tokens; documents of
+ * JSONL files are packed into windows, where they do not see each other. Which
+ * sample stands where is a pure function of (seed, step, micro-batch): a
+ * permutation of all windows an epoch, or, where sources have weights, each
+ * source's share of every 65,536 samples and a permutation of its own windows.
+ *
+ * A JSONL line is {"text"}, or {"prompt", "completion"} with the loss on the
+ * completion alone; other keys are passed over. A document's tokens are the
+ * UTF-8 bytes and an end token: 256 where the vocabulary has it, else a newline.
  */
 struct data_set;
 enum data_split { DATA_TRAIN, DATA_VALIDATION };
 
-/* vocab: ids at or beyond it are an error that names the file and the position. */
-int data_open(const struct data_config *d, uint64_t seed, uint32_t vocab, struct data_set **out, struct err *e);
+/*
+ * vocab: ids at or beyond it are an error that names the file and the position,
+ * as a malformed line does with its number. c must stay until the close.
+ */
+int data_open(const struct data_config *c, uint64_t seed, uint32_t vocab, struct data_set **out, struct err *e);
 void data_close(struct data_set *d);
 uint64_t data_tokens(const struct data_set *d, enum data_split split);
 uint64_t data_windows(const struct data_set *d, enum data_split split);
 /* XXH3-64 over sizes and a sample of the contents: members that see other files differ in it. */
 uint64_t data_fingerprint(const struct data_set *d);
+/* Bytes of memory that the index of documents takes, beside the mapped files. */
+uint64_t data_memory(const struct data_set *d);
+bool data_packed(const struct data_set *d);
 /*
  * Micro-batch `index` of step `step` (training), or micro-batch `index` of the
  * n_micro of the fixed evaluation set, whose windows stand at even distances
- * (step is ignored). tokens, targets: [micro_batch][sequence_length].
+ * (step is ignored). tokens, targets: [micro_batch][sequence_length]; where
+ * there is nothing to learn (prompts, what a window has left over) the target is
+ * DATA_NO_TARGET, which is the kernels' K_IGNORE_TARGET.
  */
+#define DATA_NO_TARGET UINT32_MAX
 void data_micro_batch(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
 		      uint32_t micro_batch, uint32_t *tokens, uint32_t *targets);
+/*
+ * Of the same micro-batch, for each position the first position of its document:
+ * k_attention's first_key. [micro_batch][sequence_length]; all 0 in a stream.
+ */
+void data_first_keys(const struct data_set *d, enum data_split split, uint64_t step, uint32_t n_micro, uint32_t index,
+		     uint32_t micro_batch, uint32_t *first_key);
 
 /* ----------------------------------------------------------------- safetensors */
 

@@ -108,12 +108,12 @@ void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, ui
 		gpt2_sizes(m, rows, out);
 }
 
-/* Tokens, targets, loss and dropout streams of a span. */
-static uint64_t sample_bytes(const struct model_config *m, uint64_t rows, uint32_t span)
+/* Tokens, targets, where documents begin, loss and dropout streams of a span. */
+static uint64_t sample_bytes(const struct job_config *c, uint64_t rows, uint32_t span)
 {
-	uint64_t sites = 1 + 3 * (uint64_t)m->n_layer;
+	uint64_t sites = 1 + 3 * (uint64_t)c->model.n_layer, arrays = data_config_packed(&c->data) ? 3 : 2;
 
-	return 2 * round_up_u64(span * rows * sizeof(uint32_t), CACHE_LINE) +
+	return arrays * round_up_u64(span * rows * sizeof(uint32_t), CACHE_LINE) +
 	       round_up_u64(span * sizeof(double), CACHE_LINE) +
 	       round_up_u64(span * sites * sizeof(uint64_t), CACHE_LINE);
 }
@@ -142,7 +142,7 @@ static uint64_t activation_bytes(const struct worker_need *n, uint32_t span, boo
 {
 	return boundary_bytes(n, span) + blocks_bytes(n, span, keep) +
 	       span * (n->sizes.scratch + n->sizes.head) * sizeof(float) + n->sizes.tables * sizeof(float) +
-	       sample_bytes(&n->c->model, n->rows, span);
+	       sample_bytes(n->c, n->rows, span);
 }
 
 /* Bytes that count against the budget: a budget the user gave is for activations alone. */
@@ -235,7 +235,7 @@ static void add_worker_lines(struct worker_plan *p, const struct worker_need *n,
 	mem_plan_add(&p->mem, "logits", span * n->sizes.head * sizeof(float), "and the final norm");
 	if (n->sizes.tables)
 		mem_plan_add(&p->mem, "rotary tables", n->sizes.tables * sizeof(float), "cosine and sine");
-	mem_plan_add(&p->mem, "samples", sample_bytes(&c->model, n->rows, span), "tokens, targets, dropout streams");
+	mem_plan_add(&p->mem, "samples", sample_bytes(c, n->rows, span), "tokens, targets, dropout streams");
 	mem_plan_add(&p->mem, "workspace", p->workspace_bytes, "of the kernels");
 }
 

@@ -13,7 +13,15 @@ struct files {
 	char dir[64];
 	char path[4][96];
 	char *list[4];
+	struct data_source source[4];
 };
+
+/* The first n files as one source, in the fixture's slot `at`. */
+static struct data_source *source(struct files *f, int at, int first, uint32_t n, enum data_format format)
+{
+	f->source[at] = (struct data_source){ .path = &f->list[first], .n_paths = n, .format = format };
+	return &f->source[at];
+}
 
 static int setup(void **state)
 {
@@ -97,7 +105,7 @@ static void check_bad(const struct data_config *c, uint32_t vocab, const char *m
 static void test_windows(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 3, .sequence_length = 5 };
+	struct data_config c = { .train = source(f, 0, 0, 3, DATA_BYTES), .n_train = 1, .sequence_length = 5 };
 	struct data_set *d;
 	bool seen[20] = { false };
 	uint32_t tokens[4 * 5], targets[4 * 5];
@@ -128,7 +136,7 @@ static void test_windows(void **state)
 static void test_order(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 1, .sequence_length = 2 };
+	struct data_config c = { .train = source(f, 0, 0, 1, DATA_BYTES), .n_train = 1, .sequence_length = 2 };
 	uint32_t a[24 * 2], b[24 * 2], targets[24 * 2];
 	struct data_set *d, *other;
 
@@ -150,7 +158,9 @@ static void test_order(void **state)
 static void test_validation(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 1, .sequence_length = 3, .validation_fraction = 0.25 };
+	struct data_config c = {
+		.train = source(f, 0, 0, 1, DATA_BYTES), .n_train = 1, .sequence_length = 3, .validation_fraction = 0.25
+	};
 	uint32_t tokens[8 * 3], again[8 * 3], targets[8 * 3];
 	struct data_set *d;
 
@@ -174,7 +184,11 @@ static void test_validation(void **state)
 	data_close(d);
 	put_bytes(f, 1, 40, 7);
 	c = (struct data_config){
-		.train = f->list, .n_train = 1, .sequence_length = 3, .validation = &f->list[1], .n_validation = 1
+		.train = source(f, 0, 0, 1, DATA_BYTES),
+		.n_train = 1,
+		.sequence_length = 3,
+		.validation = source(f, 1, 1, 1, DATA_BYTES),
+		.n_validation = 1,
 	};
 	d = open_good(&c, 1, 256);
 	assert_int_equal(data_tokens(d, DATA_TRAIN), 120);
@@ -187,7 +201,7 @@ static void test_validation(void **state)
 static void test_token_files(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 2, .format = DATA_LLMC, .sequence_length = 4 };
+	struct data_config c = { .train = source(f, 0, 0, 2, DATA_LLMC), .n_train = 1, .sequence_length = 4 };
 	uint32_t tokens[4], targets[4];
 	uint16_t raw[9] = { 300, 301, 302, 303, 304, 305, 306, 307, 308 };
 	struct data_set *d;
@@ -201,7 +215,7 @@ static void test_token_files(void **state)
 	assert_int_equal(tokens[0] % 4, 0);
 	data_close(d);
 	put(f, 2, raw, sizeof(raw));
-	c = (struct data_config){ .train = &f->list[2], .n_train = 1, .format = DATA_NANOGPT, .sequence_length = 8 };
+	c = (struct data_config){ .train = source(f, 0, 2, 1, DATA_NANOGPT), .n_train = 1, .sequence_length = 8 };
 	d = open_good(&c, 1, 309);
 	data_micro_batch(d, DATA_TRAIN, 1, 1, 0, 1, (uint32_t[8]){ 0 }, (uint32_t[8]){ 0 });
 	assert_int_equal(data_tokens(d, DATA_TRAIN), 9);
@@ -211,7 +225,7 @@ static void test_token_files(void **state)
 static void test_refusals(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 1, .sequence_length = 8 };
+	struct data_config c = { .train = source(f, 0, 0, 1, DATA_BYTES), .n_train = 1, .sequence_length = 8 };
 	struct data_set *d;
 	struct err e = { 0 };
 	uint16_t *many = calloc(200000, sizeof(*many));
@@ -224,20 +238,19 @@ static void test_refusals(void **state)
 	c.validation_fraction = 0;
 	put(f, 0, "", 0);
 	check_bad(&c, 256, "the file is empty");
-	c.train = (char *[]){ f->dir };
+	c.train->path = (char *[]){ f->dir };
 	check_bad(&c, 256, "training data must be a regular file");
-	c.train = (char *[]){ (char *)"/no/such/file" };
+	c.train->path = (char *[]){ (char *)"/no/such/file" };
 	assert_int_equal(data_open(&c, 1, 256, &d, &e), -ENOENT);
 	assert_string_equal(e.text, "/no/such/file: No such file or directory");
-	c.train = f->list;
-	c.format = DATA_NANOGPT;
+	c.train = source(f, 0, 0, 1, DATA_NANOGPT);
 	put_bytes(f, 0, 101, 0);
 	check_bad(&c, 65536, "101 bytes are no whole number of 16-bit tokens");
 	many[199999] = 50257;
 	put(f, 0, many, 400000);
 	check_bad(&c, 50257, "token 199999 is 50257, and the model's vocab_size is 50257");
 	data_close(open_good(&c, 1, 50258));
-	c.format = DATA_LLMC;
+	c.train->format = DATA_LLMC;
 	check_bad(&c, 50257, "not an llm.c token file: magic 0 version 0");
 	put_bytes(f, 0, 1023, 0);
 	check_bad(&c, 50257, "1023 bytes are too few for llm.c's header of 1024");
@@ -251,10 +264,44 @@ static void test_refusals(void **state)
 	free(many);
 }
 
+/* Samples of files without weights stand where they always stood: a job that is resumed sees the same data. */
+static void test_golden(void **state)
+{
+	struct files *f = *state;
+	struct data_config c = {
+		.train = source(f, 0, 0, 2, DATA_BYTES), .n_train = 1, .sequence_length = 7, .validation_fraction = 0.2
+	};
+	uint32_t tokens[4 * 7], targets[4 * 7];
+	uint8_t a[1000], b[777];
+	struct data_set *d;
+	uint64_t h = 0;
+
+	for (uint32_t i = 0; i < sizeof(a); i++)
+		a[i] = (uint8_t)(i * i * 7 + i / 3);
+	for (uint32_t i = 0; i < sizeof(b); i++)
+		b[i] = (uint8_t)(i * 13 + 5);
+	put(f, 0, a, sizeof(a));
+	put(f, 1, b, sizeof(b));
+	d = open_good(&c, 5, 256);
+	for (uint32_t i = 0; i < 199 * 3; i++) {
+		data_micro_batch(d, DATA_TRAIN, 1 + i / 3, 3, i % 3, 4, tokens, targets);
+		h = hash64(targets, sizeof(targets), hash64(tokens, sizeof(tokens), h));
+	}
+	for (uint32_t i = 0; i < 5; i++) {
+		data_micro_batch(d, DATA_VALIDATION, 0, 5, i, 4, tokens, targets);
+		h = hash64(targets, sizeof(targets), hash64(tokens, sizeof(tokens), h));
+	}
+	assert_true(h == UINT64_C(0xf886aeba79fb95a0));
+	assert_true(data_fingerprint(d) == UINT64_C(0x8e2d64278b597633));
+	assert_false(data_packed(d));
+	assert_int_equal(data_memory(d), 0);
+	data_close(d);
+}
+
 static void test_fingerprint(void **state)
 {
 	struct files *f = *state;
-	struct data_config c = { .train = f->list, .n_train = 1, .sequence_length = 8 };
+	struct data_config c = { .train = source(f, 0, 0, 1, DATA_BYTES), .n_train = 1, .sequence_length = 8 };
 	struct data_set *d;
 	uint64_t first;
 
@@ -283,6 +330,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(test_validation, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_token_files, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
+		cmocka_unit_test_setup_teardown(test_golden, setup, teardown),
 		cmocka_unit_test_setup_teardown(test_fingerprint, setup, teardown),
 	};
 

@@ -69,7 +69,7 @@ static void test_defaults(void **state)
 	assert_int_equal(c.steps_per_print, 0);
 	assert_int_equal(c.model.n_embd, 64);
 	assert_int_equal(c.data.n_train, 1);
-	assert_string_equal(c.data.train[0], "/base/a.txt");
+	assert_string_equal(c.data.train[0].path[0], "/base/a.txt");
 	assert_int_equal(c.data.format, DATA_BYTES);
 	assert_int_equal(c.data.sequence_length, 128);
 	assert_int_equal(c.steps, 10);
@@ -147,9 +147,11 @@ static void test_users_file(void **state)
 	assert_int_equal(c.zero.stage3_param_persistence_threshold, 640);
 	assert_int_equal(c.zero.stage3_max_live_parameters, 700000000);
 	assert_true(c.zero.stage3_gather_16bit_weights_on_model_save);
-	assert_int_equal(c.data.n_train, 2);
-	assert_string_equal(c.data.train[0], "/x/1.bin");
-	assert_string_equal(c.data.train[1], "/base/sub/2.bin");
+	assert_int_equal(c.data.n_train, 1);
+	assert_int_equal(c.data.train[0].n_paths, 2);
+	assert_int_equal(c.data.train[0].format, DATA_LLMC);
+	assert_string_equal(c.data.train[0].path[0], "/x/1.bin");
+	assert_string_equal(c.data.train[0].path[1], "/base/sub/2.bin");
 	assert_int_equal(c.data.n_validation, 1);
 	assert_int_equal(c.data.format, DATA_LLMC);
 	assert_int_equal(c.eval_batches, 8);
@@ -260,7 +262,8 @@ static void test_own_section(void **state)
 		{ MODEL ", \"data\": {\"train\": [\"a\", 1]}",
 		  "ds.json:1: shardmesh.data.train: expected a path or a list of paths, found 1" },
 		{ MODEL ", \"data\": {\"train\": \"a\", \"format\": \"csv\"}",
-		  "ds.json:1: shardmesh.data.format: expected \"bytes\", \"llmc\" or \"nanogpt\", found \"csv\"" },
+		  "ds.json:1: shardmesh.data.format: expected \"bytes\", \"llmc\", \"nanogpt\" or \"jsonl\", found "
+		  "\"csv\"" },
 		{ MODEL ", " DATA ", \"fabric\": \"verbs\"",
 		  "ds.json:1: shardmesh.fabric: expected \"auto\", \"local\" or \"local-copy\", found \"verbs\"" },
 		{ MODEL ", " DATA ", \"worker\": 2",
@@ -367,6 +370,18 @@ static void test_documented(void **state)
 	free(text);
 }
 
+static void assert_sources_equal(const struct data_source *a, uint32_t n_a, const struct data_source *b, uint32_t n_b)
+{
+	assert_int_equal(n_a, n_b);
+	for (uint32_t i = 0; i < n_a; i++) {
+		assert_int_equal(a[i].format, b[i].format);
+		assert_true(a[i].weight == b[i].weight);
+		assert_int_equal(a[i].n_paths, b[i].n_paths);
+		for (uint32_t k = 0; k < a[i].n_paths; k++)
+			assert_string_equal(a[i].path[k], b[i].path[k]);
+	}
+}
+
 static void assert_configs_equal(const struct job_config *a, const struct job_config *b)
 {
 	assert_int_equal(a->train_batch_size, b->train_batch_size);
@@ -395,12 +410,8 @@ static void assert_configs_equal(const struct job_config *a, const struct job_co
 	assert_int_equal(!a->weights, !b->weights);
 	if (a->weights)
 		assert_string_equal(a->weights, b->weights);
-	assert_int_equal(a->data.n_train, b->data.n_train);
-	for (uint32_t i = 0; i < a->data.n_train; i++)
-		assert_string_equal(a->data.train[i], b->data.train[i]);
-	assert_int_equal(a->data.n_validation, b->data.n_validation);
-	for (uint32_t i = 0; i < a->data.n_validation; i++)
-		assert_string_equal(a->data.validation[i], b->data.validation[i]);
+	assert_sources_equal(a->data.train, a->data.n_train, b->data.train, b->data.n_train);
+	assert_sources_equal(a->data.validation, a->data.n_validation, b->data.validation, b->data.n_validation);
 	assert_true(a->data.validation_fraction == b->data.validation_fraction);
 	assert_int_equal(a->data.format, b->data.format);
 	assert_int_equal(a->data.sequence_length, b->data.sequence_length);
@@ -560,7 +571,7 @@ static void test_load(void **state)
 		fail_msg("%s", e.text);
 	assert_int_equal(c.model.n_layer, 3);
 	snprintf(want, sizeof(want), "%s/a.txt", dir);
-	assert_string_equal(c.data.train[0], want);
+	assert_string_equal(c.data.train[0].path[0], want);
 	job_config_release(&c);
 	assert_int_equal(file_write_atomic(path, "{\n\"x\0\": 1}", 10, 0600, &e), 0);
 	assert_int_equal(job_config_load(path, &c, &e), -EINVAL);
@@ -569,6 +580,64 @@ static void test_load(void **state)
 	assert_int_equal(job_config_load(path, &c, &e), -ENOENT);
 	snprintf(path, sizeof(path), "rm -r %s", dir);
 	assert_int_equal(system(path), 0);
+}
+
+/* data.train as sources with paths, formats and weights. */
+static void test_sources(void **state)
+{
+	static const struct {
+		const char *data, *message;
+	} bad[] = {
+		{ "\"train\": [{\"path\": \"a\", \"weight\": 1}, \"b\"]",
+		  "data.train: give every source a weight, or none" },
+		{ "\"train\": {\"paths\": \"a\"}", "data.train.paths: unknown key; did you mean \"path\"?" },
+		{ "\"train\": {\"path\": \"a\", \"tokenizer\": 1}",
+		  "data.train.tokenizer: unknown key; a source has path, format and weight" },
+		{ "\"train\": {\"format\": \"jsonl\"}", "data.train: a source without path" },
+		{ "\"train\": {\"path\": []}",
+		  "data.train.path: expected a path or a list of paths, found an empty list" },
+		{ "\"train\": {\"path\": \"a\", \"weight\": 0}",
+		  "data.train.weight: expected a number from 1e-06 to 1e+06" },
+		{ "\"train\": {\"path\": \"a\", \"format\": \"txt\"}",
+		  "data.train.format: expected \"bytes\", \"llmc\"" },
+		{ "\"train\": [{\"path\": \"a\"}, {\"path\": \"b\", \"format\": \"nanogpt\"}]",
+		  "data.train: \"bytes\" and \"nanogpt\" do not mix" },
+		{ "\"train\": \"a\", \"validation\": {\"path\": \"a\", \"weight\": 1}",
+		  "data.validation.weight: held-out data are taken evenly; leave it out" },
+	};
+	struct job_config c, again;
+	struct err e = { 0 };
+	char *text;
+
+	(void)state;
+	if (job_config_parse("{\"shardmesh\": {" MODEL
+			     ", \"data\": {\"train\": [{\"path\": [\"a\", \"b\"], \"weight\": 3},"
+			     " {\"path\": \"c\", \"weight\": 0.5, \"format\": \"bytes\"}], \"format\": \"jsonl\","
+			     " \"validation\": \"v\"}}}",
+			     "ds.json", "/base", &c, &e))
+		fail_msg("%s", e.text);
+	assert_int_equal(c.data.n_train, 2);
+	assert_int_equal(c.data.train[0].n_paths, 2);
+	assert_string_equal(c.data.train[0].path[1], "/base/b");
+	assert_int_equal(c.data.train[0].format, DATA_JSONL);
+	assert_true(c.data.train[0].weight == 3 && c.data.train[1].weight == 0.5);
+	assert_int_equal(c.data.train[1].format, DATA_BYTES);
+	assert_int_equal(c.data.validation[0].format, DATA_JSONL);
+	assert_string_equal(data_token_kind(&c.data), "bytes");
+	assert_true(data_config_packed(&c.data));
+	assert_int_equal(job_config_dump(&c, &text, &e), 0);
+	assert_int_equal(job_config_parse(text, "dump", "/", &again, &e), 0);
+	assert_configs_equal(&c, &again);
+	job_config_release(&again);
+	job_config_release(&c);
+	free(text);
+	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+		assert_true(asprintf(&text, "{\"shardmesh\": {" MODEL ", \"data\": {%s}}}", bad[i].data) > 0);
+		assert_int_equal(job_config_parse(text, "ds.json", "/base", &c, &e), -EINVAL);
+		if (!strstr(e.text, bad[i].message))
+			fail_msg("\"%s\" does not hold \"%s\"", e.text, bad[i].message);
+		free(text);
+	}
 }
 
 static void write_text(const char *dir, const char *name, const char *text)
@@ -658,6 +727,7 @@ int main(void)
 		cmocka_unit_test(test_validate),
 		cmocka_unit_test(test_load),
 		cmocka_unit_test(test_initialize),
+		cmocka_unit_test(test_sources),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
