@@ -3,9 +3,10 @@
  * Loss and gradients have the same bits whether activations are kept or
  * recomputed, on any number of threads, on a backend that runs nothing until an
  * event is waited for, and whether a span is computed whole or as the tree of
- * its halves.
+ * its halves. And the buffers are never more than the memory plan says.
  */
 #include "test_worker_model.h"
+#include "worker/net.h"
 
 static const char dropout[] = "\"embd_pdrop\": 0.1, \"attn_pdrop\": 0.1, \"resid_pdrop\": 0.1";
 static const char *const models[] = { dropout, TINY_LLAMA "}", TINY_MISTRAL "}", TINY_QWEN3 "}" };
@@ -175,6 +176,44 @@ static void dropout_follows_names(void **state)
 	tiny_close(t);
 }
 
+static void buffers_fit_the_plan_in(const char *keys)
+{
+	struct tiny *t = tiny_open(keys);
+	struct activation_sizes s;
+
+	activation_sizes_get(&t->model, BATCH, SEQ, &s);
+	for (uint32_t span = 1; span <= MICRO_MAX; span++) {
+		for (uint32_t layers = 1; layers <= t->model.n_layer; layers += t->model.n_layer - 1) {
+			uint64_t rows = (uint64_t)span * ROWS, streams = 1 + 3 * (uint64_t)t->model.n_layer;
+			uint64_t floats = s.boundary * (t->model.n_layer + 1) + s.inner * layers + s.scratch + s.head;
+			uint64_t samples = 2 * round_up_u64(rows * sizeof(uint32_t), CACHE_LINE) +
+					   round_up_u64(span * sizeof(double), CACHE_LINE) +
+					   round_up_u64(span * streams * sizeof(uint64_t), CACHE_LINE);
+			struct net_config cfg = {
+				.model = &t->model,
+				.table = &t->table,
+				.k = k_cpu_ops(),
+				.batch = BATCH,
+				.seq = SEQ,
+				.max_span = span,
+				.keep = layers > 1,
+			};
+			uint64_t planned = (span * floats + s.tables) * sizeof(float) + samples;
+
+			/* The plan rounds for each micro-batch. */
+			assert_in_range(net_activation_bytes(&cfg), planned - planned / 16, planned);
+		}
+	}
+	tiny_close(t);
+}
+
+static void buffers_fit_the_plan(void **state)
+{
+	(void)state;
+	for (size_t i = 0; i < ARRAY_LEN(models); i++)
+		buffers_fit_the_plan_in(models[i]);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -183,6 +222,7 @@ int main(void)
 		cmocka_unit_test(deferred),
 		cmocka_unit_test(span_is_its_tree),
 		cmocka_unit_test(dropout_follows_names),
+		cmocka_unit_test(buffers_fit_the_plan),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
