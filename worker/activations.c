@@ -53,6 +53,7 @@ static void walk_scratch(struct walk *w, const struct net_config *cfg, struct ac
 	a->loss = take(w, cfg->max_span * sizeof(double));
 	a->tokens = take(w, rows * sizeof(uint32_t));
 	a->targets = take(w, rows * sizeof(uint32_t));
+	a->first_key = cfg->packed ? take(w, rows * sizeof(uint32_t)) : NULL;
 	a->streams = take(w, sites * cfg->max_span * sizeof(uint64_t));
 }
 

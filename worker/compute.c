@@ -274,11 +274,16 @@ static void load_data(struct compute *c)
 	const struct worker *w = c->w;
 	const struct span *s = &c->now.span;
 	size_t n = (size_t)w->batch.micro_batch * w->config.data.sequence_length;
+	enum data_split split = s->training ? DATA_TRAIN : DATA_VALIDATION;
+	struct activations *act = &c->net.act;
 
-	for (uint32_t i = 0; i < s->n_mb; i++)
-		data_micro_batch(w->data, s->training ? DATA_TRAIN : DATA_VALIDATION, s->step, c->now.n_micro,
-				 s->first + i, w->batch.micro_batch, c->net.act.tokens + i * n,
-				 c->net.act.targets + i * n);
+	for (uint32_t i = 0; i < s->n_mb; i++) {
+		data_micro_batch(w->data, split, s->step, c->now.n_micro, s->first + i, w->batch.micro_batch,
+				 act->tokens + i * n, act->targets + i * n);
+		if (act->first_key)
+			data_first_keys(w->data, split, s->step, c->now.n_micro, s->first + i, w->batch.micro_batch,
+					act->first_key + i * n);
+	}
 }
 
 static void run_span(struct compute *c)
@@ -394,6 +399,7 @@ int compute_open(struct worker *w, struct err *e)
 		.seq = w->config.data.sequence_length,
 		.max_span = w->plan.max_span,
 		.keep = w->plan.keep_activations,
+		.packed = data_packed(w->data),
 		.seed = w->config.seed,
 	};
 	struct k_stream_config stream = { .profile = &w->profile, .threads = w->threads };

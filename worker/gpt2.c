@@ -57,6 +57,7 @@ static struct k_attention attention_of(const struct net *n, uint32_t layer, cons
 		.heads = m->n_head,
 		.kv_heads = m->n_head,
 		.head_dim = m->head_dim,
+		.first_key = n->act.first_key,
 		.scale = net_attention_scale(m, layer),
 		.q = b->qkv + n->first_position * 3 * c,
 		.k = b->qkv + c,

@@ -124,6 +124,7 @@ static struct k_attention attention_of(const struct net *n, uint32_t layer, cons
 		.kv_heads = m->n_kv_head,
 		.head_dim = m->head_dim,
 		.window = model_layer_window(m, layer),
+		.first_key = n->act.first_key,
 		.scale = net_attention_scale(m, layer),
 		.q = b->q,
 		.k = b->k,

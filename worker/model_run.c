@@ -78,6 +78,7 @@ static int open_run(struct run *run, struct err *e)
 		.seq = r->seq,
 		.max_span = r->n_mb,
 		.keep = r->keep,
+		.packed = r->first_key,
 		.seed = r->seed,
 	};
 	int rc = net_init(&run->net, &cfg, e);
@@ -114,6 +115,8 @@ static int compute(struct run *run, double *loss, struct err *e)
 		return err_set(e, -ENOMEM, "out of memory");
 	memcpy(run->net.act.tokens, r->tokens, n * sizeof(uint32_t));
 	memcpy(run->net.act.targets, r->targets, n * sizeof(uint32_t));
+	if (r->first_key)
+		memcpy(run->net.act.first_key, r->first_key, n * sizeof(uint32_t));
 	rc = span_run(&run->net, &span, uses, net_uses(&run->net, r->training, uses), &hooks, loss);
 	if (rc)
 		rc = err_set(e, rc, "the computation failed: %s", strerror(-rc));

@@ -22,6 +22,7 @@ struct model_run {
 	uint64_t seed, step;              /* name the dropout, */
 	uint32_t first;                   /* with the global index of the first micro-batch */
 	const uint32_t *tokens, *targets; /* [n_mb][batch][seq] */
+	const uint32_t *first_key;        /* as k_attention takes it, or NULL */
 	const float *const *unit;         /* [n_units]: flat vectors, unit->n elements each */
 	/*
 	 * [n_units][UNIT_PARTS_MAX]: where the span's gradient of each (unit,

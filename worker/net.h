@@ -67,7 +67,8 @@ struct activations {
 	float *cos, *sin; /* [seq][rot / 2], of the rotary positions; NULL where there are none */
 	double *loss;     /* [max_span] */
 	uint32_t *tokens, *targets;
-	uint64_t *streams; /* [dropout sites][max_span] */
+	uint32_t *first_key; /* as k_attention takes it; NULL where no documents are packed */
+	uint64_t *streams;   /* [dropout sites][max_span] */
 };
 
 struct net_config {
@@ -76,6 +77,7 @@ struct net_config {
 	const struct k_ops *k;
 	uint32_t batch, seq, max_span;
 	bool keep;
+	bool packed; /* samples hold documents that do not see each other */
 	uint64_t seed;
 };
 
