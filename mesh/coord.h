@@ -76,7 +76,7 @@ struct coord {
 	bool applying;            /* a committed step waits for its line */
 	uint32_t n_applied;
 	struct hash128 hash;
-	struct step_record record;
+	struct step_record record, line; /* of the step that is applied; on its way out */
 	bool validated;
 	uint64_t validation_version;
 	double validation_loss;

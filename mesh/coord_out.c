@@ -191,7 +191,7 @@ static void make_other(const struct coord *c, const struct out *o, struct coord_
 	a->exit_code = o->exit_code;
 	a->text[0] = '\0';
 	if (o->kind == OUT_LINE)
-		a->record = c->record;
+		a->record = c->line;
 	else if (o->kind != OUT_EXPORT)
 		snprintf(a->text, sizeof(a->text), "%s", c->texts[o->text]);
 }

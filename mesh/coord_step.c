@@ -253,7 +253,8 @@ static void write_line(struct coord *c)
 	if (!c->applying || c->n_applied < c->cfg.n_shards)
 		return;
 	c->applying = false;
-	c->record.state_hash = c->hash;
+	c->line = c->record;
+	c->line.state_hash = c->hash;
 	coord_out(c, OUT_LINE, 0);
 }
 

@@ -254,13 +254,7 @@ static void on_failure(struct coord *c, struct seat *s, const union wire_msg *m)
 	coord_evict(c, s, code, text);
 }
 
-/* The shell's own: that it came is all that counts here. */
-static void on_sign_of_life(struct coord *c, struct seat *s, const union wire_msg *m)
-{
-	(void)m;
-	s->pub.last_seen_ns = c->now_ns;
-}
-
+/* Without a handler: the shell's own, and that it came is all that counts here. */
 #define FROM(role) (1u << (role))
 static const struct handler {
 	unsigned type, roles;
@@ -271,8 +265,8 @@ static const struct handler {
 	{ WIRE_VOTE, FROM(ROLE_SHARD), on_vote },
 	{ WIRE_APPLIED, FROM(ROLE_SHARD), on_applied },
 	{ WIRE_STARVED, FROM(ROLE_SHARD), on_starved },
-	{ WIRE_HEARTBEAT, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), on_sign_of_life },
-	{ WIRE_EXPORT_DATA, FROM(ROLE_SHARD), on_sign_of_life },
+	{ WIRE_HEARTBEAT, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), NULL },
+	{ WIRE_EXPORT_DATA, FROM(ROLE_SHARD), NULL },
 	{ WIRE_FAILURE, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), on_failure },
 };
 
@@ -290,7 +284,8 @@ void coord_message(struct coord *c, uint32_t member, const struct wire_header *h
 	for (size_t i = 0; i < ARRAY_LEN(handlers); i++) {
 		if (handlers[i].type != type || !(handlers[i].roles & FROM(s->pub.role)))
 			continue;
-		handlers[i].handle(c, s, m);
+		if (handlers[i].handle)
+			handlers[i].handle(c, s, m);
 		coord_settle(c);
 		return;
 	}

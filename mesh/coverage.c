@@ -350,7 +350,11 @@ static uint32_t hold(struct coverage *c, struct tree_node p, bool must)
 	return dst;
 }
 
-/* p is held now: the offers of p and below are covered. A push is told when it is complete. */
+/*
+ * p is held now: the offers of p and below are covered. A push is told when it
+ * is complete. Offers at p's sibling may have lost a partner; next_beside has
+ * them before anybody asks.
+ */
 static void cover(struct coverage *c, struct tree_node p)
 {
 	uint32_t from = node_first(c, p), end = node_end(c, c->by_node, c->n_by_node, p);
@@ -370,7 +374,6 @@ static void cover(struct coverage *c, struct tree_node p)
 	from = node_place(c, c->eager, c->n_eager, p.first, p.level, 0);
 	end = node_end(c, c->eager, c->n_eager, p);
 	index_remove(c->eager, &c->n_eager, from, end - from);
-	refresh_beside(c, p);
 }
 
 /* ----------------------------------------------------------------- actions */

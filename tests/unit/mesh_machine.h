@@ -237,15 +237,20 @@ static inline void work_off(struct bench *b)
 	} while (any);
 }
 
-static inline void vote(struct bench *b, uint32_t member, double square)
+static inline void vote_for(struct bench *b, uint32_t member, uint64_t step, double square)
 {
-	union wire_msg m = { .vote = { .step = coord_now(b->c).step } };
+	union wire_msg m = { .vote = { .step = step } };
 	struct exact_sum sum;
 
 	exact_sum_clear(&sum);
 	exact_sum_add(&sum, square);
 	memcpy(m.vote.square_sum, &sum, sizeof(sum));
 	say(b, member, WIRE_VOTE, &m);
+}
+
+static inline void vote(struct bench *b, uint32_t member, double square)
+{
+	vote_for(b, member, coord_now(b->c).step, square);
 }
 
 static inline void applied(struct bench *b, uint32_t member, uint64_t step)

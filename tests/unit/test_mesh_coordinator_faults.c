@@ -268,6 +268,9 @@ static void test_no_recall(void **state)
 	assert_int_equal(coord_counters(b->c)->recalls, 0);
 	span_done(b, b->worker[3]);
 	assert_int_equal(sent(b, b->worker[3], WIRE_LEASE)->msg.lease.first, 0);
+	/* When nobody does any more, it is urgent again. */
+	gone(b, b->worker[3]);
+	assert_non_null(sent(b, b->worker[2], WIRE_RECALL));
 	bench_free(b);
 }
 

@@ -322,13 +322,18 @@ static void test_no_memory(void **state)
 	NOTHING(&b);
 	coverage_pushed(&b.c, 6);
 	expect_fold(&b, 1, -6, NO);
-	/* A pair over the lowest missing leaf waits by reference until one of the two is wanted. */
 	offer(&b, 7, 1, 0, true, false);
 	expect_fold(&b, 1, 1, -7);
 	NOTHING(&b);
+	/* In place as well. */
+	offer(&b, 8, 2, 0, true, false);
+	NOTHING(&b);
+	coverage_want(&b.c, 8);
+	expect_fold(&b, 2, -8, NO);
 	bench_close(&b);
 }
 
+/* A pair over the lowest missing leaf waits by reference until one of the two is wanted. */
 static void test_pair_waits_for_memory(void **state)
 {
 	struct bench b;

@@ -104,9 +104,16 @@ static void test_starving(void **state)
 	assert_false(lease_starving(&t));
 	lease_reopen(&t, &l);
 	assert_true(lease_starving(&t));
-	/* It is forgotten with the step. */
-	lease_table_open(&t, 100, 0);
+	/* Another one does not make it forgotten; the next step does. */
+	lease_starve(&t, 7);
+	assert_true(lease_starving(&t));
 	lease_table_open(&t, 200, 0);
+	assert_false(lease_starving(&t));
+	while (lease_take(&t, 200, 1, 1, &l))
+		if (l.node.first == 7)
+			lease_starve(&t, 7);
+	assert_int_equal(l.node.first, 199);
+	lease_reopen(&t, &(struct lease){ .kind = LEASE_TRAIN, .node = { 130, 0 } });
 	assert_false(lease_starving(&t));
 	lease_table_release(&t);
 }
