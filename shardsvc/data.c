@@ -132,6 +132,8 @@ static int fill_store(struct data *d)
 		return rc;
 	memset(s->moments.base, 0, s->moments.size);
 	memset(s->accumulators.base, 0, s->accumulators.size);
+	if (w && model_weights_warning(w))
+		snprintf(d->start_note, sizeof(d->start_note), "%s", model_weights_warning(w));
 	rc = fill_units(d, w);
 	if (!rc)
 		store_publish_initial(s, 0);

@@ -316,6 +316,8 @@ static void started(struct shard *s)
 	struct msg_ready m = { .planned_bytes = s->plan.mem.total };
 
 	s->ready = true;
+	if (s->data.start_note[0])
+		log_warn(&s->log, "%s", s->data.start_note);
 	log_info(&s->log, "ready: %llu elements in %u pieces", (unsigned long long)s->store.n, s->store.n_pieces);
 	member_link_send(s->link, WIRE_READY, &m);
 }

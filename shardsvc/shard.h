@@ -200,6 +200,7 @@ struct data {
 	pthread_t thread;
 	bool running;
 	struct err start_error; /* read after JOB_START came back with a status */
+	char start_note[512];   /* read after JOB_START: what a user should hear of the files, or "" */
 	struct wait_record *wait;
 	_Atomic uint32_t
 		idle_kind; /* enum wait_kind: what an idle data thread waits for, as the control thread knows */

@@ -179,6 +179,35 @@ static void long_context(void **state)
 	tiny_close(t);
 }
 
+/* Of more positions than a cache is made for, 8,192 are used; and what is fed again goes in several passes. */
+static void longer_than_a_pass(void **state)
+{
+	enum { ROOM = 8192, KEPT = ROOM / 2 };
+	struct tiny *t = tiny_open(
+		"{\"model_type\": \"llama\", \"vocab_size\": 31, \"max_position_embeddings\": 20000, "
+		"\"hidden_size\": 8, \"num_hidden_layers\": 2, \"intermediate_size\": 8, "
+		"\"num_attention_heads\": 2}");
+	uint32_t *tokens = zeroed((ROOM + 1) * sizeof(*tokens));
+	struct directory d;
+	struct generator *g;
+	float want[64];
+	struct err e;
+
+	(void)state;
+	for (uint32_t i = 0; i <= ROOM; i++)
+		tokens[i] = (uint32_t)(rng_u64(4, 0, i) % t->model.vocab_size);
+	directory_open(&d);
+	write_model(&d, t);
+	g = open_generator(&d, 0, 0, 0);
+	assert_int_equal(generator_feed(g, tokens, ROOM + 1, &e), 0);
+	whole_forward(t, tokens + ROOM + 1 - KEPT, KEPT, want);
+	expect_close(generator_logits(g), want, t->model.vocab_size);
+	generator_free(g);
+	directory_close(&d);
+	free(tokens);
+	tiny_close(t);
+}
+
 static void draw(const struct directory *d, double temperature, uint32_t top_k, uint64_t seed, uint32_t out[20])
 {
 	struct generator *g = open_generator(d, temperature, top_k, seed);
@@ -312,9 +341,10 @@ static void top_k_is_the_largest(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(cache_gives_the_same_logits),  cmocka_unit_test(long_context),
-		cmocka_unit_test(same_seed_same_text),          cmocka_unit_test(what_is_wrong_is_named),
-		cmocka_unit_test(sampling_follows_the_softmax), cmocka_unit_test(top_k_is_the_largest),
+		cmocka_unit_test(cache_gives_the_same_logits), cmocka_unit_test(long_context),
+		cmocka_unit_test(longer_than_a_pass),          cmocka_unit_test(same_seed_same_text),
+		cmocka_unit_test(what_is_wrong_is_named),      cmocka_unit_test(sampling_follows_the_softmax),
+		cmocka_unit_test(top_k_is_the_largest),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
