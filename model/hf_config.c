@@ -426,6 +426,7 @@ static int finish_gpt2(const struct hf_parse *p)
 	struct json_path path = { p->at, "n_head" };
 	struct model_config *m = p->m;
 
+	assert(m->n_head > 0);
 	if (m->n_embd % m->n_head)
 		return json_fail(p->doc, &path, p->e, "n_embd %u is not a multiple of n_head %u", m->n_embd, m->n_head);
 	if (!m->n_inner)

@@ -268,7 +268,8 @@ static void test_long_prompts(void **state)
 static void test_every_document(void **state)
 {
 	struct files *f = *state;
-	char *text = malloc(1 << 20);
+	const size_t room = 1 << 20;
+	char *text = malloc(room);
 	uint32_t tokens[32], targets[32], keys[32], seen[2000] = { 0 };
 	uint64_t inputs = 0;
 	struct data_set *d;
@@ -278,10 +279,11 @@ static void test_every_document(void **state)
 		uint32_t n = 2 + (uint32_t)(rng_u64(9, 9, i) % 29);
 
 		/* Two bytes say which document it is; no byte needs an escape. */
-		at += (size_t)sprintf(text + at, "{\"text\": \"%c%c", (char)(48 + i / 40), (char)(48 + i % 40));
+		at += (size_t)snprintf(text + at, room - at, "{\"text\": \"%c%c", (char)(48 + i / 40),
+				       (char)(48 + i % 40));
 		memset(text + at, '~', n - 2);
 		at += n - 2;
-		at += (size_t)sprintf(text + at, "\"}\n");
+		at += (size_t)snprintf(text + at, room - at, "\"}\n");
 		inputs += n;
 	}
 	/* The characters from 48 on hold a backslash, which is escaped to a byte of its own. */

@@ -101,16 +101,17 @@ static void put_tensor(struct file *x, const char *name, const uint64_t *shape, 
 	size_t begin = x->n_data;
 	uint64_t n = 1;
 
-	x->n_header += (size_t)sprintf(x->header + x->n_header, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[",
-				       x->n_header ? "," : "{", name, dtype);
+	x->n_header += (size_t)snprintf(x->header + x->n_header, sizeof(x->header) - x->n_header,
+					"%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", x->n_header ? "," : "{", name, dtype);
 	for (uint32_t d = 0; d < n_dims; d++) {
 		n *= shape[d];
-		x->n_header += (size_t)sprintf(x->header + x->n_header, "%s%llu", d ? "," : "",
-					       (unsigned long long)shape[d]);
+		x->n_header += (size_t)snprintf(x->header + x->n_header, sizeof(x->header) - x->n_header, "%s%llu",
+						d ? "," : "", (unsigned long long)shape[d]);
 	}
 	for (uint64_t i = 0; i < n; i++)
 		put_value(x, value(k, i), dtype);
-	x->n_header += (size_t)sprintf(x->header + x->n_header, "],\"data_offsets\":[%zu,%zu]}", begin, x->n_data);
+	x->n_header += (size_t)snprintf(x->header + x->n_header, sizeof(x->header) - x->n_header,
+					"],\"data_offsets\":[%zu,%zu]}", begin, x->n_data);
 	assert_true(x->n_header < sizeof(x->header) - 512 && x->n_data < sizeof(x->data) - 8192);
 }
 
