@@ -161,7 +161,7 @@ static void stand_up(struct coord *c, struct seat *s)
 {
 	uint32_t at = place_of(c, s->pub.id);
 
-	memmove(c->here + at, c->here + at + 1, (c->n_here - at - 1) * sizeof(*c->here));
+	memmove(c->here + at, c->here + at + 1, (c->n_here - at - 1) * sizeof(struct seat *));
 	c->n_here--;
 	c->spare[c->n_spare++] = s;
 	c->n_role[s->pub.role]--;

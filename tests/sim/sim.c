@@ -19,7 +19,7 @@
 
 /* Longer than a heartbeat's timeout and a frozen worker together. */
 #define SILENCE (60 * SIM_S)
-#define EVENTS_MAX 200000000ull
+#define EVENTS_MAX 20000000ull
 
 struct options {
 	uint64_t seed, seeds, first;
