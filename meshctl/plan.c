@@ -28,8 +28,8 @@ static uint64_t workspace(void *ctx, uint32_t n_mb)
 		.seq = in->config->data.sequence_length,
 		.channels = m->n_embd,
 		.heads = m->n_head,
-		.kv_heads = m->n_head,
-		.head_dim = m->n_embd / m->n_head,
+		.kv_heads = m->n_kv_head,
+		.head_dim = m->head_dim,
 		.ffn = m->n_inner,
 		.vocab = m->vocab_size,
 	};
