@@ -151,54 +151,6 @@ void bare_close(struct bare *b)
 
 /* ----------------------------------------------------------------------- step */
 
-static int border(void *ctx)
-{
-	(void)ctx;
-	return 0;
-}
-
-static int units(void *ctx, uint32_t use, const struct use *u, const float *params[2])
-{
-	const struct bare *b = ctx;
-
-	(void)use;
-	for (uint32_t i = 0; i < u->n; i++)
-		params[i] = b->unit[u->unit[i]].p;
-	return 0;
-}
-
-static void used(void *ctx, uint32_t use)
-{
-	(void)ctx;
-	(void)use;
-}
-
-static int gradient(void *ctx, uint32_t unit, uint32_t part, float **buffer)
-{
-	const struct bare *b = ctx;
-
-	*buffer = b->unit[unit].gradient[part];
-	return 0;
-}
-
-static int final(void *ctx, uint32_t unit, uint32_t part, float *buffer)
-{
-	(void)ctx;
-	(void)unit;
-	(void)part;
-	(void)buffer;
-	return 0;
-}
-
-static void load_data(struct bare *b, uint64_t step)
-{
-	size_t n = (size_t)b->batch.micro_batch * b->config.data.sequence_length;
-
-	for (uint32_t i = 0; i < b->batch.n_micro; i++)
-		data_micro_batch(b->data, DATA_TRAIN, step, b->batch.n_micro, i, b->batch.micro_batch,
-				 b->net.act.tokens + i * n, b->net.act.targets + i * n);
-}
-
 static void wait_for(struct bare *b)
 {
 	struct k_event done;
@@ -234,6 +186,56 @@ static void fold(struct bare *b, uint32_t unit, struct exact_sum *all)
 	exact_sum_merge(all, &sum);
 }
 
+static int border(void *ctx)
+{
+	(void)ctx;
+	return 0;
+}
+
+static int units(void *ctx, uint32_t use, const struct use *u, const float *params[2])
+{
+	const struct bare *b = ctx;
+
+	(void)use;
+	for (uint32_t i = 0; i < u->n; i++)
+		params[i] = b->unit[u->unit[i]].p;
+	return 0;
+}
+
+static void used(void *ctx, uint32_t use)
+{
+	(void)ctx;
+	(void)use;
+}
+
+static int gradient(void *ctx, uint32_t unit, uint32_t part, float **buffer)
+{
+	const struct bare *b = ctx;
+
+	*buffer = b->unit[unit].gradient[part];
+	return 0;
+}
+
+/* Part 0 comes last. The unit's gradient is read again while it may still be in a cache. */
+static int final(void *ctx, uint32_t unit, uint32_t part, float *buffer)
+{
+	struct bare *b = ctx;
+
+	(void)buffer;
+	if (part == 0)
+		fold(b, unit, &b->squares);
+	return 0;
+}
+
+static void load_data(struct bare *b, uint64_t step)
+{
+	size_t n = (size_t)b->batch.micro_batch * b->config.data.sequence_length;
+
+	for (uint32_t i = 0; i < b->batch.n_micro; i++)
+		data_micro_batch(b->data, DATA_TRAIN, step, b->batch.n_micro, i, b->batch.micro_batch,
+				 b->net.act.tokens + i * n, b->net.act.targets + i * n);
+}
+
 static void adam(struct bare *b, uint32_t unit, const struct msg_step *m)
 {
 	const struct optimizer_config *o = &b->config.optimizer;
@@ -263,18 +265,15 @@ int bare_step(struct bare *b, uint64_t step, struct msg_step *done, struct err *
 {
 	const struct span_hooks hooks = { border, units, used, gradient, final, b };
 	const struct span span = { .step = step, .n_mb = b->batch.n_micro, .training = true };
-	struct exact_sum squares;
 	double loss;
 	int rc;
 
+	exact_sum_clear(&b->squares);
 	load_data(b, step);
 	rc = span_run(&b->net, &span, b->uses, b->n_uses, &hooks, &loss);
 	if (rc)
 		return err_set(e, rc, "the computation failed: %s", strerror(-rc));
-	exact_sum_clear(&squares);
-	for (uint32_t u = 0; u < b->table.n_units; u++)
-		fold(b, u, &squares);
-	rc = commit_decide(&b->commit, step, &squares, loss / b->batch.n_micro, done, e);
+	rc = commit_decide(&b->commit, step, &b->squares, loss / b->batch.n_micro, done, e);
 	for (uint32_t u = 0; u < b->table.n_units && !rc; u++)
 		adam(b, u, done);
 	return rc;

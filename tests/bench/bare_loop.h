@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A training step without any mesh: the worker's own transformer and schedule,
- * then folds with the square sum, the coordinator's decision, and Adam, called
- * one behind the other on one stream in one process. Nothing is shared, sent,
+ * A training step without any mesh: the worker's own transformer and schedule
+ * with a fold and its square sum behind each unit, the coordinator's decision,
+ * and Adam, called one behind the other on one stream in one process. Nothing is shared, sent,
  * copied or allocated during a step. Loss and norm have the bits that the mesh
  * gets from the same config, so a comparison is of the same work.
  */
@@ -29,6 +29,7 @@ struct bare {
 	struct use *uses;
 	uint32_t n_uses;
 	struct bare_unit *unit;
+	struct exact_sum squares; /* of the step's gradients that are whole */
 	struct arena state, activations, workspace;
 };
 

@@ -29,6 +29,10 @@ class Failed(Exception):
     pass
 
 
+# So that the children are ended, whichever way we are.
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
