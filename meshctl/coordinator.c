@@ -121,7 +121,7 @@ int coordinator_main(int argc, char **argv)
 	bool help = false;
 	int rest, code;
 	struct opt opts[] = {
-		{ .name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON" },
+		CONFIG_OPTS(f),
 		{ .name = "listen",
 		  .kind = OPT_STR,
 		  .out = &listen,
@@ -133,29 +133,6 @@ int coordinator_main(int argc, char **argv)
 		  .out = &token_file,
 		  .arg = "FILE",
 		  .help = "the job's token, mode 0600 (else SHARDMESH_TOKEN)" },
-		{ .name = "run-dir",
-		  .kind = OPT_STR,
-		  .out = &f.run_dir,
-		  .arg = "DIR",
-		  .help = "steps.jsonl, logs, model/" },
-		{ .name = "shards",
-		  .kind = OPT_U64,
-		  .out = &f.shards,
-		  .arg = "N",
-		  .help = "shard services to wait for" },
-		{ .name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers to wait for" },
-		{ .name = "threads",
-		  .kind = OPT_U64,
-		  .out = &f.threads,
-		  .arg = "N",
-		  .help = "compute threads a worker" },
-		{ .name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train" },
-		{ .name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random" },
-		{ .name = "fabric",
-		  .kind = OPT_STR,
-		  .out = &f.fabric,
-		  .arg = "NAME",
-		  .help = "auto, local, local-copy" },
 		{ .name = "log-level",
 		  .kind = OPT_STR,
 		  .out = &level,
@@ -183,7 +160,7 @@ int coordinator_main(int argc, char **argv)
 			rest < argc ? argv[rest] : level);
 		return usage_error(argv[0], &e);
 	}
-	code = config_flags_load(&f, opts[9].set, &c);
+	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
 	if (code)
 		return code;
 	s.self.log = &s.log;

@@ -25,6 +25,19 @@ struct config_flags {
 	const char *config, *run_dir, *fabric;
 	uint64_t shards, workers, threads, steps, seed;
 };
+/* Their entries, first in a command's table: opts[CONFIG_OPT_SEED].set says whether a seed was given. */
+enum { CONFIG_OPT_FILE, CONFIG_OPT_SEED };
+#define CONFIG_OPTS(f)                                                                                     \
+	{ "config", OPT_STR, &(f).config, "FILE", "DeepSpeed JSON", false },                               \
+		{ "seed", OPT_U64, &(f).seed, "N", "seed of everything random", false },                   \
+		{ "shards", OPT_U64, &(f).shards, "N", "shard services", false },                          \
+		{ "workers", OPT_U64, &(f).workers, "N", "workers", false },                               \
+		{ "threads", OPT_U64, &(f).threads, "N", "threads a worker, and a shard service", false }, \
+		{ "steps", OPT_U64, &(f).steps, "N", "steps to train", false },                            \
+		{ "run-dir", OPT_STR, &(f).run_dir, "DIR", "steps.jsonl, logs, model/", false },           \
+	{                                                                                                  \
+		"fabric", OPT_STR, &(f).fabric, "NAME", "auto, local, local-copy", false                   \
+	}
 /* Loads, overrides, validates; messages name the file. The exit code; c is only filled in with 0. */
 int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c);
 

@@ -390,26 +390,7 @@ int run_main(int argc, char **argv)
 	bool help = false;
 	int rest, code;
 	struct opt opts[] = {
-		{ .name = "config", .kind = OPT_STR, .out = &f.config, .arg = "FILE", .help = "DeepSpeed JSON" },
-		{ .name = "shards", .kind = OPT_U64, .out = &f.shards, .arg = "N", .help = "shard services" },
-		{ .name = "workers", .kind = OPT_U64, .out = &f.workers, .arg = "N", .help = "workers" },
-		{ .name = "threads",
-		  .kind = OPT_U64,
-		  .out = &f.threads,
-		  .arg = "N",
-		  .help = "compute threads a worker" },
-		{ .name = "steps", .kind = OPT_U64, .out = &f.steps, .arg = "N", .help = "steps to train" },
-		{ .name = "run-dir",
-		  .kind = OPT_STR,
-		  .out = &f.run_dir,
-		  .arg = "DIR",
-		  .help = "steps.jsonl, logs, model/" },
-		{ .name = "seed", .kind = OPT_U64, .out = &f.seed, .arg = "N", .help = "seed of everything random" },
-		{ .name = "fabric",
-		  .kind = OPT_STR,
-		  .out = &f.fabric,
-		  .arg = "NAME",
-		  .help = "auto, local, local-copy" },
+		CONFIG_OPTS(f),
 		{ .name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name" },
 		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
 		{ 0 },
@@ -429,7 +410,7 @@ int run_main(int argc, char **argv)
 		err_set(&e, -EINVAL, "'%s' is not expected here", argv[rest]);
 		return usage_error(argv[0], &e);
 	}
-	code = config_flags_load(&f, opts[6].set, &c);
+	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
 	if (code)
 		return code;
 	r = calloc(1, sizeof(*r));
