@@ -34,22 +34,92 @@ const struct fab_ops *fab_provider(const char *name)
 	return NULL;
 }
 
+struct candidates {
+	const struct fab_options *o;
+	struct fab_candidate *out;
+	uint32_t n;
+	void (*refused)(void *ctx, const char *provider, const char *reason);
+	void *ctx;
+	char last[160];
+};
+
+static void leave_out(struct candidates *c, const char *name, const char *reason)
+{
+	snprintf(c->last, sizeof(c->last), "%s", reason);
+	if (c->refused)
+		c->refused(c->ctx, name, reason);
+}
+
+static void try_provider(struct candidates *c, const struct fab_ops *ops)
+{
+	struct fab_candidate *out = &c->out[c->n];
+
+	if (ops->probe(c->o, out->reason)) {
+		leave_out(c, ops->name, out->reason);
+		return;
+	}
+	out->ops = ops;
+	c->n++;
+}
+
+static void try_auto(struct candidates *c, bool same_host)
+{
+	static const char *const networks[] = { "verbs", "ofi" };
+
+	if (same_host)
+		try_provider(c, &fab_local_ops);
+	else
+		leave_out(c, fab_local_ops.name, "another host");
+	for (size_t i = 0; i < ARRAY_LEN(networks); i++) {
+		const struct fab_ops *ops = fab_provider(networks[i]);
+
+		if (ops)
+			try_provider(c, ops);
+		else
+			leave_out(c, networks[i], "not in this build");
+	}
+}
+
+/* "local, local-copy, verbs" */
+static const char *provider_names(char out[80])
+{
+	size_t at = 0;
+
+	for (size_t i = 0; i < ARRAY_LEN(providers); i++)
+		at += (size_t)snprintf(out + at, 80 - at, "%s%s", i ? ", " : "", providers[i]->name);
+	return out;
+}
+
+int fab_candidates(const char *want, const struct fab_options *o, bool same_host,
+		   struct fab_candidate out[FAB_CANDIDATES_MAX],
+		   void (*refused)(void *ctx, const char *provider, const char *reason), void *ctx, struct err *e)
+{
+	static const struct fab_options automatic;
+	struct candidates c = { .o = o ? o : &automatic, .out = out, .refused = refused, .ctx = ctx };
+	const struct fab_ops *ops = fab_provider(want);
+	char names[80];
+
+	if (ops)
+		try_provider(&c, ops);
+	else if (!strcmp(want, "auto"))
+		try_auto(&c, same_host);
+	else
+		return err_set(e, -ENOTSUP, "no fabric \"%s\" here: there are auto, %s", want, provider_names(names));
+	if (c.n == 0)
+		return err_set(e, -ENOTSUP, "the fabric \"%s\" cannot be used here: %s", want, c.last);
+	return (int)c.n;
+}
+
 int fab_choose(const char *want, const char **provider, char reason[160], struct err *e)
 {
-	const struct fab_ops *ops = fab_provider(want);
+	struct fab_candidate c[FAB_CANDIDATES_MAX];
+	int n = fab_candidates(want, NULL, true, c, NULL, NULL, e);
 
-	if (ops) {
-		*provider = ops->name;
-		snprintf(reason, 160, "asked for");
-		return 0;
-	}
-	if (!strcmp(want, "auto")) {
-		*provider = fab_local_ops.name;
-		snprintf(reason, 160, "auto: shared memory is the only provider here, good for one host");
-		return 0;
-	}
-	return err_set(e, -ENOTSUP, "no fabric \"%s\" here: there are auto, %s, %s", want, fab_local_ops.name,
-		       fab_local_copy_ops.name);
+	if (n < 0)
+		return n;
+	*provider = c[0].ops->name;
+	snprintf(reason, 160, "%s", c[0].reason);
+	return 0;
 }
 
 /* ---------------------------------------------------------- progress words */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * rdma: the one-sided fabric. This header is the whole contract; providers
- * (local: shared memory; verbs and libfabric to come) implement struct
- * fab_ops with designated initialisers.
+ * (local: shared memory; verbs: libibverbs and librdmacm; ofi: libfabric)
+ * implement struct fab_ops with designated initialisers.
  *
  * - A struct fab and everything made from it belong to one thread (a member's
  *   control thread). Memory of a region may be used by any thread.
@@ -16,10 +16,18 @@
  * - Addresses and region descriptors are opaque blobs of at most 512 bytes.
  *   They are exchanged over the authenticated control connection, so that who
  *   has one has been let in; each address is good for one connection by one peer.
+ * - Some providers have to talk before they can connect, and again whenever a
+ *   connection is rebuilt. They do it through the same control connection:
+ *   FAB_EV_SIGNAL is a blob to carry to the peer, where it goes into `signal`.
+ *   Signals of one side arrive in order, or the connection is lost.
  * - Errors: -Exxx from posting means nothing of the batch was posted; -EAGAIN
- *   that too much is in flight: fab_poll, then post again. A failed
- *   operation completes with status < 0; a broken endpoint gives FAB_EV_DOWN
- *   after all its operations have completed, and its memory may be reused then.
+ *   that too much is in flight: fab_poll, then post again. A provider of a
+ *   network rebuilds a broken connection by itself, with back-off, and does again
+ *   what had not completed; so an operation completes late, and a notice may
+ *   come twice (same imm). Once it gives up (fab_options.down_ns) each operation
+ *   completes with status < 0, then the endpoint gives FAB_EV_DOWN; only then
+ *   may their memory be reused. No memory is handed back while a queue pair
+ *   that knew of it could still move bytes.
  */
 #ifndef SHARDMESH_FABRIC_H
 #define SHARDMESH_FABRIC_H
@@ -44,6 +52,13 @@ struct fab_region_attr {
 	int device;     /* of FAB_CUDA */
 	uint64_t bytes; /* rounded up to the memory's page size */
 	enum fab_access access;
+	/*
+	 * NULL: the fabric allocates. Else memory that is there already, page-aligned
+	 * and kept by reference until region_close: how one memory is used over
+	 * several providers. local takes it as FAB_LOCAL alone, since it shares what
+	 * it made itself (-ENOTSUP); the others take any.
+	 */
+	void *at;
 };
 
 #define FAB_BLOB_MAX 512
@@ -69,6 +84,7 @@ enum fab_event_type {
 	FAB_EV_READ,      /* a read completed */
 	FAB_EV_WRITE,     /* a write completed: our buffer is ours again */
 	FAB_EV_NOTICE,    /* a peer's write into a region of ours is visible; imm */
+	FAB_EV_SIGNAL,    /* carry `blob` to the peer; ep may be NULL (the side that gave out the address) */
 	FAB_EV_DOWN,      /* the endpoint is broken (status says why); all its operations have completed */
 };
 struct fab_event {
@@ -77,22 +93,51 @@ struct fab_event {
 	struct fab_ep *ep;
 	uint64_t user; /* READ, WRITE: the operation's; else what connect or address was given */
 	uint32_t imm;
+	const struct fab_blob *blob; /* SIGNAL: good until the next poll */
 };
 
 /* Plain counters; programs register them as metrics. */
 struct fab_counters {
 	_Atomic uint64_t reads, read_bytes, writes, write_bytes, notices, mapped_bytes, errors, connects;
+	_Atomic uint64_t rebuilds; /* connections that broke and stand again */
+	_Atomic uint64_t replays;  /* operations done again on a rebuilt connection */
+	_Atomic uint64_t refused;  /* what a peer tried without having the right to */
+};
+
+enum fab_connect { FAB_CONNECT_AUTO, FAB_CONNECT_CM, FAB_CONNECT_CONTROL };
+
+/* What an operator may say of networks; all zero is automatic. Kept by reference. */
+struct fab_options {
+	const char *devices;      /* "mlx5_0,mlx5_1:2" (port 2); NULL: all active ports */
+	enum fab_connect connect; /* --rdma-connect */
+	unsigned queue_pairs;     /* a peer, NIC and use (reads; pushes); 0: 2 */
+	unsigned gid_index;       /* + 1; 0: automatic */
+	unsigned mtu;             /* path MTU in bytes; 0: the smaller of both ports' active MTU */
+	unsigned pkey_index;
+	unsigned service_level, traffic_class;
+	unsigned timeout;          /* of a packet, 4.096 us * 2^timeout; 0: 14 */
+	uint64_t inflight_bytes;   /* budget of reads and pushes in flight a NIC; 0: 16 MiB */
+	uint64_t deadline_ns;      /* an operation older than this breaks its connection; 0: 5 s */
+	uint64_t down_ns;          /* a connection that cannot be rebuilt for so long is down; 0: 30 s */
+	const char *ofi_provider;  /* NULL: "tcp;ofi_rxm" */
+	const char *local_address; /* IP address of ours that reaches the coordinator; NULL: not known */
 };
 
 struct fab_config {
 	struct log *log;
-	const char *job; /* names what we create */
-	uint32_t member; /* our member id */
+	const char *job;                   /* names what we create */
+	uint32_t member;                   /* our member id */
+	const struct fab_options *options; /* NULL: all zero */
 };
 
 struct fab_ops {
 	const char *name;
 	bool maps; /* fab_map works: memory of a peer can be used in place */
+	/*
+	 * Can this host use it at all? 0, or -Exxx; `reason` says in either case what
+	 * was found, or what is missing and how to get it. Cheap, leaves nothing open.
+	 */
+	int (*probe)(const struct fab_options *o, char reason[160]);
 	int (*open)(const struct fab_config *cfg, struct fab **out, struct err *e);
 	void (*close)(struct fab *f);
 
@@ -100,6 +145,14 @@ struct fab_ops {
 	int (*address)(struct fab *f, uint64_t user, struct fab_blob *out);
 	/* Starts to connect; FAB_EV_CONNECTED or FAB_EV_DOWN follows. */
 	int (*connect)(struct fab *f, const struct fab_blob *address, uint64_t user, struct fab_ep **out);
+	/*
+	 * What the peer's FAB_EV_SIGNAL carried. `user`: what our connect or address
+	 * was given. -EPROTO: nothing the provider understands, which is an attack or
+	 * a bug; a signal of a connection that is gone is ignored. NULL: it has none.
+	 */
+	int (*signal)(struct fab *f, uint64_t user, const struct fab_blob *in);
+	/* How it is connected, for people: "rxe0/1 RoCE v2, GID 1, MTU 4096, 2+2 queue pairs, by control". */
+	void (*describe)(const struct fab_ep *ep, char *out, size_t bytes);
 	/* Drains and frees the endpoint; no event for it comes after. */
 	void (*disconnect)(struct fab_ep *ep);
 
@@ -149,14 +202,37 @@ struct fab_ops {
 	const struct fab_counters *(*counters)(const struct fab *f);
 };
 
-/* "local", "local-copy" (local without map: every byte moved by reads and writes, as a network would). */
+/*
+ * "local", "local-copy" (local without map: every byte moved by reads and
+ * writes, as a network would), "verbs", "ofi". NULL: not in this build.
+ */
 const struct fab_ops *fab_provider(const char *name);
 
 /*
- * "auto" and the like to a provider name, with the reason. -ENOTSUP names what
- * was asked for and what there is.
+ * The providers to try for a pair of members, best first. `want`: --fabric;
+ * "auto" gives local (if same_host), verbs, ofi, as far as probe lets this
+ * host use them; any other name gives that one alone. `refused` is told of each
+ * one left out, with the reason. Returns how many; -ENOTSUP (e names what was
+ * asked for and what there is) when there is none.
  */
+#define FAB_CANDIDATES_MAX 4
+struct fab_candidate {
+	const struct fab_ops *ops;
+	char reason[160];
+};
+int fab_candidates(const char *want, const struct fab_options *o, bool same_host,
+		   struct fab_candidate out[FAB_CANDIDATES_MAX],
+		   void (*refused)(void *ctx, const char *provider, const char *reason), void *ctx, struct err *e);
+
+/* The first of the candidates, on one host. */
 int fab_choose(const char *want, const char **provider, char reason[160], struct err *e);
+
+/*
+ * A decorator for tests: wraps any provider's ops and does to its operations
+ * what a seeded schedule says. Reads --fabric "fault:SPEC:provider", SPEC like
+ * "seed=1,delay=2ms,drop=0.01,reorder=0.1,corrupt=0,disconnect=0.001"; only where
+ * the environment has SHARDMESH_FAULTS=1. fabric.c finds it by the prefix.
+ */
 
 /* ---------------------------------------------------------- progress words */
 

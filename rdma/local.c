@@ -240,12 +240,25 @@ static const struct fab_counters *local_counters(const struct fab *f)
 	return &f->counters;
 }
 
+static int local_probe(const struct fab_options *o, char reason[160])
+{
+	(void)o;
+	snprintf(reason, 160, "shared memory, for members of one host that prove it");
+	return 0;
+}
+
+static void local_describe(const struct fab_ep *ep, char *out, size_t bytes)
+{
+	snprintf(out, bytes, "shared memory with pid %d", (int)ep->pid);
+}
+
 #define LOCAL_OPS_TABLE                                                                                               \
-	.close = local_close, .address = local_address, .connect = local_connect, .disconnect = local_disconnect,     \
-	.region_open = local_region_open, .region_close = local_region_close, .region_addr = local_region_addr,       \
-	.export_region = local_export, .import_region = local_import, .remote_close = local_remote_close,             \
-	.remote_bytes = local_remote_bytes, .map = local_map, .read = local_read, .write_notify = local_write_notify, \
-	.poll = local_poll, .fd = local_fd, .arm = local_arm, .counters = local_counters
+	.probe = local_probe, .describe = local_describe, .close = local_close, .address = local_address,             \
+	.connect = local_connect, .disconnect = local_disconnect, .region_open = local_region_open,                   \
+	.region_close = local_region_close, .region_addr = local_region_addr, .export_region = local_export,          \
+	.import_region = local_import, .remote_close = local_remote_close, .remote_bytes = local_remote_bytes,        \
+	.map = local_map, .read = local_read, .write_notify = local_write_notify, .poll = local_poll, .fd = local_fd, \
+	.arm = local_arm, .counters = local_counters
 
 const struct fab_ops fab_local_ops = {
 	.name = "local",

@@ -124,15 +124,45 @@ static int region_check(const struct fab_region_attr *a, struct err *e)
 			e, -ENOTSUP,
 			"region %s: GPU memory (device %d) is not shared by the fabric \"local\", only host memory",
 			region_name(a), a->device);
+	if (a->at && a->access != FAB_LOCAL)
+		return err_set(e, -ENOTSUP, "region %s: the fabric \"local\" shares only memory that it made itself",
+			       region_name(a));
 	if (a->bytes == 0 || a->bytes > (uint64_t)1 << 46)
 		return err_set(e, -EINVAL, "region %s: %llu bytes is not a size", region_name(a),
 			       (unsigned long long)a->bytes);
 	return 0;
 }
 
-int local_region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e)
+/* A memfd, populated and sealed. */
+static int region_make(struct fab_region *r, const struct fab_region_attr *a)
 {
 	int seals = F_SEAL_SHRINK | F_SEAL_GROW | (a->access == FAB_REMOTE_READ ? F_SEAL_FUTURE_WRITE : 0);
+	int ret = region_map(r, a);
+
+	if (ret)
+		return ret;
+	ret = region_populate(r);
+	if (!ret)
+		ret = local_seal(r->fd, seals);
+	if (!ret)
+		return 0;
+	munmap(r->base, r->bytes);
+	close(r->fd);
+	return ret;
+}
+
+/* Memory of somebody else, for our own reads and writes: nothing to share, nothing to free. */
+static int region_adopt(struct fab_region *r, const struct fab_region_attr *a)
+{
+	r->fd = -1;
+	r->base = a->at;
+	r->bytes = a->bytes;
+	r->page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+	return 0;
+}
+
+int local_region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e)
+{
 	struct fab_region *r;
 	char size[24];
 	int ret = region_check(a, e);
@@ -145,20 +175,12 @@ int local_region_open(struct fab *f, const struct fab_region_attr *a, struct fab
 	r->fab = f;
 	r->access = a->access;
 	snprintf(r->name, sizeof(r->name), "%s", region_name(a));
-	ret = region_map(r, a);
+	ret = a->at ? region_adopt(r, a) : region_make(r, a);
 	if (ret)
 		goto err_free;
-	ret = region_populate(r);
-	if (!ret)
-		ret = local_seal(r->fd, seals);
-	if (ret)
-		goto err_unmap;
 	TAILQ_INSERT_TAIL(&f->regions, r, link);
 	*out = r;
 	return 0;
-err_unmap:
-	munmap(r->base, r->bytes);
-	close(r->fd);
 err_free:
 	free(r);
 	return err_set(e, ret, "region %s: %s of shared memory: %s", region_name(a), bytes_text(a->bytes, size),
@@ -169,8 +191,10 @@ void local_region_close(struct fab_region *r)
 {
 	assert(r->ops == 0);
 	TAILQ_REMOVE(&r->fab->regions, r, link);
-	munmap(r->base, r->bytes);
-	close(r->fd);
+	if (r->fd >= 0) {
+		munmap(r->base, r->bytes);
+		close(r->fd);
+	}
 	free(r);
 }
 

@@ -101,26 +101,32 @@ static void no_reader_misses_a_publish(void **state)
 	pair_close(&p);
 }
 
+static void note_refusal(void *ctx, const char *provider, const char *reason)
+{
+	char *text = ctx;
+
+	snprintf(text + strlen(text), 400 - strlen(text), "%s: %s\n", provider, reason);
+}
+
 static void choices_have_reasons(void **state)
 {
-	const char *provider = NULL;
-	char reason[160] = { 0 };
+	struct fab_candidate c[FAB_CANDIDATES_MAX];
+	char refused[400] = { 0 };
 	struct err e = { 0 };
 
 	(void)state;
-	assert_int_equal(fab_choose("auto", &provider, reason, &e), 0);
-	assert_string_equal(provider, "local");
-	assert_non_null(strstr(reason, "one host"));
-	assert_int_equal(fab_choose("local-copy", &provider, reason, &e), 0);
-	assert_string_equal(provider, "local-copy");
-	assert_string_equal(reason, "asked for");
-	assert_int_equal(fab_choose("verbs", &provider, reason, &e), -ENOTSUP);
-	assert_non_null(strstr(e.text, "\"verbs\""));
+	assert_true(fab_candidates("auto", NULL, true, c, note_refusal, refused, &e) > 0);
+	assert_string_equal(c[0].ops->name, "local");
+	assert_non_null(strstr(c[0].reason, "one host"));
+	(void)fab_candidates("auto", NULL, false, c, note_refusal, refused, &e);
+	assert_non_null(strstr(refused, "local: another host"));
+	assert_int_equal(fab_candidates("local-copy", NULL, false, c, NULL, NULL, &e), 1);
+	assert_string_equal(c[0].ops->name, "local-copy");
+	assert_int_equal(fab_candidates("smoke-signals", NULL, true, c, NULL, NULL, &e), -ENOTSUP);
+	assert_non_null(strstr(e.text, "\"smoke-signals\""));
 	assert_non_null(strstr(e.text, "auto, local, local-copy"));
-	assert_string_equal(provider, "local-copy");
-	assert_null(fab_provider("verbs"));
 	assert_true(fab_provider("local")->maps);
-	assert_string_equal(fab_provider("local")->name, "local");
+	assert_false(fab_provider("local-copy")->maps);
 }
 
 int main(void)
