@@ -178,7 +178,9 @@ struct k_linear {
  * NONE (pre_in: the input layer's value before its activation). dw, db: the
  * span's sums along the tree, tile by tile, partial sums in workspace.
  * dx, dw, db may each be NULL. Overwrites; with dx_add the product is added to
- * what dx holds (no act_in then). dx must not alias dy.
+ * what dx holds (no act_in then), with dw_add dw's to what dw holds: a leaf that
+ * comes in pieces of its rows, so n_mb is 1 and there is no db. dx must not
+ * alias dy.
  */
 struct k_linear_backward {
 	uint32_t n_mb, rows, in, out;
@@ -187,6 +189,7 @@ struct k_linear_backward {
 	float *dx, *dw, *db;
 	enum k_activation act_in;
 	const float *pre_in; /* [n_mb][rows][in] */
+	bool dw_add;
 };
 
 /*
@@ -265,14 +268,19 @@ struct k_attention_backward {
  * (softmax - onehot) / counted rows, the leaf's gradient. Rows whose target is
  * K_IGNORE_TARGET count for nothing. With loss_only the logits are left as they
  * are. A micro-batch without counted rows has loss 0 and gradient 0.
+ *
+ * One micro-batch may come in pieces, a call each, in order: logits are those of
+ * rows [first_row, first_row + rows) of its all_rows, targets those of all of
+ * them; loss[0] carries the sum so far and is right behind the last piece.
  */
 #define K_IGNORE_TARGET UINT32_MAX
 struct k_xent {
 	uint32_t n_mb, rows, vocab;
 	bool loss_only;
-	float *logits;           /* [n_mb][rows][vocab] */
-	const uint32_t *targets; /* [n_mb][rows] */
-	double *loss;            /* [n_mb] */
+	float *logits;                /* [n_mb][rows][vocab] */
+	const uint32_t *targets;      /* [n_mb][rows]; in pieces [all_rows] */
+	double *loss;                 /* [n_mb] */
+	uint32_t first_row, all_rows; /* all_rows 0: not in pieces */
 };
 
 /* ----------------------------------------------------- arithmetic of state */

@@ -128,6 +128,7 @@ static void weight_leaf(const struct linear_backward_job *j, uint32_t mb, const 
 		.lda = a->w_out_in ? a->out : a->in,
 		.b = (a->w_out_in ? x : dy) + t->col,
 		.ldb = a->w_out_in ? a->in : a->out,
+		.beta = a->dw_add ? 1.0f : 0.0f,
 		.c = c,
 		.ldc = ldc,
 	};
@@ -191,6 +192,7 @@ void cpu_linear_backward(struct k_stream *s, const struct k_linear_backward *a)
 	assert(a->n_mb && a->rows && a->in && a->out && a->dy);
 	assert((!a->dx || (a->w && a->dx != a->dy)) && (!a->dw || a->x));
 	assert(!a->dx || a->act_in == K_ACT_NONE || (a->pre_in && !a->dx_add));
+	assert(!a->dw_add || (a->n_mb == 1 && !a->db));
 	struct linear_backward_job j = {
 		.s = s,
 		.a = a,

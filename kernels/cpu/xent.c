@@ -5,8 +5,9 @@
 struct xent_job {
 	struct k_stream *s;
 	const struct k_xent *a;
-	double *row_loss;  /* [n_mb][rows] */
-	uint32_t *counted; /* [n_mb] */
+	const uint32_t *targets; /* of the rows at hand */
+	double *row_loss;        /* [n_mb][rows] */
+	uint32_t *counted;       /* [n_mb] */
 	uint32_t rows_per_task;
 };
 
@@ -19,7 +20,7 @@ static void xent_one(const struct xent_job *j, uint64_t row)
 {
 	const struct k_xent *a = j->a;
 	float *logits = a->logits + row * a->vocab;
-	uint32_t target = a->targets[row];
+	uint32_t target = j->targets[row];
 	float sum;
 
 	if (target == K_IGNORE_TARGET) {
@@ -48,25 +49,45 @@ static void xent_task(void *ctx, unsigned thread, uint32_t task)
 		xent_one(j, row);
 }
 
+/* Of the whole micro-batch, also when only a piece of it is at hand. */
+static uint32_t count_rows(const struct k_xent *a, uint32_t mb)
+{
+	uint32_t rows = a->all_rows ? a->all_rows : a->rows, counted = 0;
+
+	for (uint32_t r = 0; r < rows; r++)
+		counted += a->targets[(size_t)mb * rows + r] != K_IGNORE_TARGET;
+	return counted;
+}
+
+/* Rows are added one by one, so that pieces give the bits of the whole. */
+static void add_loss(const struct xent_job *j, uint32_t mb)
+{
+	const struct k_xent *a = j->a;
+	double sum = a->first_row ? a->loss[mb] : 0.0;
+
+	for (uint32_t r = 0; r < a->rows; r++)
+		sum += j->row_loss[(size_t)mb * a->rows + r];
+	if (a->first_row + a->rows < a->all_rows)
+		a->loss[mb] = sum;
+	else
+		a->loss[mb] = j->counted[mb] ? sum / j->counted[mb] : 0.0;
+}
+
 void cpu_xent(struct k_stream *s, const struct k_xent *a)
 {
 	assert(a->n_mb && a->rows && a->vocab && a->logits && a->targets && a->loss);
+	assert(a->all_rows ? a->n_mb == 1 && a->first_row + a->rows <= a->all_rows : a->first_row == 0);
 	const struct workspace ws = workspace_take(s, xent_scratch(a->n_mb, a->rows));
-	struct xent_job j = {
-		.s = s, .a = a, .row_loss = (double *)ws.shared, .rows_per_task = rows_per_task(a->vocab)
-	};
+	struct xent_job j = { .s = s,
+			      .a = a,
+			      .targets = a->targets + a->first_row,
+			      .row_loss = (double *)ws.shared,
+			      .rows_per_task = rows_per_task(a->vocab) };
 
 	j.counted = (uint32_t *)(j.row_loss + (size_t)a->n_mb * a->rows);
-	for (uint32_t k = 0; k < a->n_mb; k++) {
-		j.counted[k] = 0;
-		for (uint32_t r = 0; r < a->rows; r++)
-			j.counted[k] += a->targets[(size_t)k * a->rows + r] != K_IGNORE_TARGET;
-	}
+	for (uint32_t k = 0; k < a->n_mb; k++)
+		j.counted[k] = count_rows(a, k);
 	pool_run(s->pool, xent_task, &j, (uint32_t)ceil_div_u64((uint64_t)a->n_mb * a->rows, j.rows_per_task));
-	for (uint32_t k = 0; k < a->n_mb; k++) {
-		double sum = 0.0;
-		for (uint32_t r = 0; r < a->rows; r++)
-			sum += j.row_loss[(size_t)k * a->rows + r];
-		a->loss[k] = j.counted[k] ? sum / j.counted[k] : 0.0;
-	}
+	for (uint32_t k = 0; k < a->n_mb; k++)
+		add_loss(&j, k);
 }

@@ -244,7 +244,7 @@ static void call_embed_backward(struct bench *b, const void *args)
 static void call_xent(struct bench *b, const void *args)
 {
 	(void)args;
-	b->ops->xent(b->s, &(struct k_xent){ b->span, b->rows, 50257, false, b->buf[4], b->tokens, b->loss });
+	b->ops->xent(b->s, &(struct k_xent){ b->span, b->rows, 50257, false, b->buf[4], b->tokens, b->loss, 0, 0 });
 }
 
 static void call_fold(struct bench *b, const void *args)

@@ -176,7 +176,7 @@ static void layer_forward(struct fixture *f, struct layer *l)
 	o->residual(f->s, &(struct k_residual){ MB, ROWS, C, l->sum, l->out, l->res, dropout_of(4) });
 	o->linear(f->s,
 		  &(struct k_linear){ MB, ROWS, C, VOCAB, true, K_ACT_NONE, l->res, l->wte, NULL, NULL, l->logits });
-	o->xent(f->s, &(struct k_xent){ MB, ROWS, VOCAB, false, l->logits, l->targets, l->loss });
+	o->xent(f->s, &(struct k_xent){ MB, ROWS, VOCAB, false, l->logits, l->targets, l->loss, 0, 0 });
 }
 
 static void layer_backward(struct fixture *f, struct layer *l)
@@ -184,21 +184,21 @@ static void layer_backward(struct fixture *f, struct layer *l)
 	const struct k_ops *o = f->ops;
 	o->linear_backward(f->s,
 			   &(struct k_linear_backward){ MB, ROWS, C, VOCAB, true, false, l->res, l->wte, l->logits,
-							l->dlogits_x, l->dwte_head, NULL, K_ACT_NONE, NULL });
+							l->dlogits_x, l->dwte_head, NULL, K_ACT_NONE, NULL, false });
 	o->residual(f->s, &(struct k_residual){ MB, ROWS, C, NULL, l->dlogits_x, l->dy, dropout_of(4) });
 	o->linear_backward(f->s, &(struct k_linear_backward){ MB, ROWS, FFN, C, false, false, l->h, l->w_out, l->dy,
-							      l->dh, l->dw_out, NULL, K_ACT_GELU_TANH, l->pre });
+							      l->dh, l->dw_out, NULL, K_ACT_GELU_TANH, l->pre, false });
 	o->linear_backward(f->s, &(struct k_linear_backward){ MB, ROWS, C, FFN, false, false, l->y, l->w_fc, l->dh,
-							      l->datt, l->dw_fc, l->db_fc, K_ACT_NONE, NULL });
+							      l->datt, l->dw_fc, l->db_fc, K_ACT_NONE, NULL, false });
 	o->norm_backward(f->s, &(struct k_norm_backward){ MB, ROWS, C, false, l->sum, l->mean, l->rstd, l->gamma,
 							  l->datt, l->dlogits_x, l->dx, l->dgamma, l->dbeta });
 	o->residual(f->s, &(struct k_residual){ MB, ROWS, C, NULL, l->dx, l->dproj, dropout_of(3) });
 	o->linear_backward(f->s, &(struct k_linear_backward){ MB, ROWS, C, C, true, false, l->att, l->w_proj, l->dproj,
-							      l->datt, l->dw_proj, NULL, K_ACT_NONE, NULL });
+							      l->datt, l->dw_proj, NULL, K_ACT_NONE, NULL, false });
 	const struct k_attention_backward a = { attention_of(l), l->datt, l->dqkv, l->dqkv + C, l->dqkv + 2 * C };
 	o->attention_backward(f->s, &a);
 	o->linear_backward(f->s, &(struct k_linear_backward){ MB, ROWS, C, 3 * C, false, false, l->y, l->w_qkv, l->dqkv,
-							      l->dy, l->dw_qkv, l->db_qkv, K_ACT_NONE, NULL });
+							      l->dy, l->dw_qkv, l->db_qkv, K_ACT_NONE, NULL, false });
 	o->embed_backward(f->s, &(struct k_embed_backward){ MB, BATCH, SEQ, C, VOCAB, SEQ, l->tokens, l->dy, l->dwte,
 							    l->dwpe, dropout_of(1) });
 }
@@ -303,7 +303,7 @@ static void run_elementwise(const char *profile, struct layer *l, bool *ran)
 	o->residual(f.s, &(struct k_residual){ MB, ROWS, C, l->x, l->y, l->res, dropout_of(4) });
 	o->embed_backward(f.s, &(struct k_embed_backward){ MB, BATCH, SEQ, C, VOCAB, SEQ, l->tokens, l->res, l->dwte,
 							   l->dwpe, dropout_of(1) });
-	o->xent(f.s, &(struct k_xent){ MB, ROWS, VOCAB, false, l->logits, l->targets, l->loss });
+	o->xent(f.s, &(struct k_xent){ MB, ROWS, VOCAB, false, l->logits, l->targets, l->loss, 0, 0 });
 	fixture_wait(&f);
 	fixture_close(&f);
 }

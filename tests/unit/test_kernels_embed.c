@@ -203,7 +203,7 @@ static void check_xent(uint32_t n_mb, uint32_t rows, uint32_t vocab, double size
 			targets[rows + r] = K_IGNORE_TARGET;
 	memcpy(before, logits, n * sizeof(float));
 	assert_true(fixture_open(&f, k_cpu_ops(), "", 2, &dims));
-	struct k_xent a = { n_mb, rows, vocab, true, logits, targets, only };
+	struct k_xent a = { n_mb, rows, vocab, true, logits, targets, only, 0, 0 };
 	f.ops->xent(f.s, &a);
 	fixture_wait(&f);
 	assert_bits("logits of loss_only", logits, before, n * sizeof(float));
@@ -231,6 +231,42 @@ static void xent_matches_reference_and_differences(void **state)
 	check_xent(2, 6, 5003, 30.0);
 }
 
+/* A micro-batch in pieces: the bits of the whole, with gradient or without. */
+static void xent_in_pieces_is_the_whole(void **state)
+{
+	enum { ROWS = 37, VOCAB = 301 };
+	const struct k_dims dims = { .n_mb = 1, .batch = 1, .seq = ROWS, .vocab = VOCAB };
+	const uint32_t end[] = { 16, 17, 32, ROWS };
+	uint32_t *targets = test_tokens(ROWS, VOCAB);
+	struct fixture f;
+	(void)state;
+
+	assert_true(fixture_open(&f, k_cpu_ops(), "", 2, &dims));
+	targets[0] = targets[16] = targets[ROWS - 1] = K_IGNORE_TARGET;
+	for (int loss_only = 0; loss_only <= 1; loss_only++) {
+		float *whole = test_random(ROWS * VOCAB, 1, 4.0), *pieces = test_random(ROWS * VOCAB, 1, 4.0);
+		double want, got;
+		f.ops->xent(f.s, &(struct k_xent){ 1, ROWS, VOCAB, loss_only, whole, targets, &want, 0, 0 });
+		for (uint32_t i = 0, first = 0; i < ARRAY_LEN(end); first = end[i++])
+			f.ops->xent(f.s, &(struct k_xent){ .n_mb = 1,
+							   .rows = end[i] - first,
+							   .vocab = VOCAB,
+							   .loss_only = loss_only,
+							   .logits = pieces + (size_t)first * VOCAB,
+							   .targets = targets,
+							   .loss = &got,
+							   .first_row = first,
+							   .all_rows = ROWS });
+		fixture_wait(&f);
+		assert_bits("loss", &got, &want, sizeof(got));
+		assert_bits("logits", pieces, whole, ROWS * VOCAB * sizeof(float));
+		free(whole);
+		free(pieces);
+	}
+	fixture_close(&f);
+	free(targets);
+}
+
 static void xent_of_a_number_gone_is_none(void **state)
 {
 	const struct k_dims dims = { .n_mb = 1, .batch = 1, .seq = 2, .vocab = 20 };
@@ -244,7 +280,7 @@ static void xent_of_a_number_gone_is_none(void **state)
 		float *logits = test_random(40, 1, 1.0);
 		double loss;
 		logits[7] = bad[i];
-		const struct k_xent a = { 1, 2, 20, false, logits, targets, &loss };
+		const struct k_xent a = { 1, 2, 20, false, logits, targets, &loss, 0, 0 };
 		f.ops->xent(f.s, &a);
 		fixture_wait(&f);
 		assert_false(isfinite(loss));
@@ -260,6 +296,7 @@ int main(void)
 		cmocka_unit_test(embed_adds_token_and_position),
 		cmocka_unit_test(embed_backward_is_the_tree_of_dense_leaves),
 		cmocka_unit_test(xent_matches_reference_and_differences),
+		cmocka_unit_test(xent_in_pieces_is_the_whole),
 		cmocka_unit_test(xent_of_a_number_gone_is_none),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -330,12 +330,51 @@ static void outputs_are_optional(void **state)
 	buffers_close(&b);
 }
 
+/* A leaf in pieces of its rows: the second piece's product is added to what the first left. */
+static void weight_gradient_adds(void **state)
+{
+	const struct shape s = { 1, 40, 60, 50, true }, half = { 1, 20, 60, 50, true };
+	const struct k_dims dims = dims_of(&s);
+	struct buffers b = buffers_open(&s);
+	float *dw = test_floats(b.nw), *second = test_floats(b.nw);
+	struct fixture f;
+	(void)state;
+
+	assert_true(fixture_open(&f, k_cpu_ops(), "", 2, &dims));
+	const struct k_linear_backward whole = backward_of(&s, &b);
+	struct k_linear_backward piece = whole;
+	f.ops->linear_backward(f.s, &whole);
+	piece.rows = half.rows;
+	piece.dx = piece.db = NULL;
+	piece.dw = dw;
+	f.ops->linear_backward(f.s, &piece);
+	piece.x += half.rows * half.in;
+	piece.dy += half.rows * half.out;
+	piece.dw = second;
+	f.ops->linear_backward(f.s, &piece);
+	piece.dw = dw;
+	piece.dw_add = true;
+	fixture_wait(&f);
+	for (size_t i = 0; i < b.nw; i++)
+		second[i] += dw[i];
+	f.ops->linear_backward(f.s, &piece);
+	fixture_wait(&f);
+	for (size_t i = 0; i < b.nw; i++) {
+		assert_float_equal(dw[i], second[i], 1e-5);
+		assert_float_equal(dw[i], b.dw[i], 1e-5);
+	}
+	fixture_close(&f);
+	free(dw);
+	free(second);
+	buffers_close(&b);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(every_library_matches_naive),  cmocka_unit_test(activations_match),
 		cmocka_unit_test(backward_matches_differences), cmocka_unit_test(span_is_the_tree_of_its_leaves),
-		cmocka_unit_test(outputs_are_optional),
+		cmocka_unit_test(outputs_are_optional),         cmocka_unit_test(weight_gradient_adds),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
