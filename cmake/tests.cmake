@@ -53,8 +53,8 @@ function(shardmesh_unit_test name)
 	shardmesh_test(unit.${name} LABELS unit TIMEOUT 120 COMMAND test_${name})
 endfunction()
 
-# shardmesh_fuzz_test(<name> <library>...): tests/fuzz/fuzz_<name>.c, a libFuzzer target, in the asan build only. It
-# runs for a few seconds from the corpus tests/fuzz/corpus/<name>, if there is one, and never writes into it.
+# shardmesh_fuzz_test(<name> <library>...): tests/fuzz/fuzz_<name>.c, a libFuzzer target, in the asan build only. How
+# long it looks, what it starts from and where it leaves what it finds: tests/fuzz/run.sh.
 function(shardmesh_fuzz_test name)
 	if(NOT SHARDMESH_FUZZ)
 		return()
@@ -64,15 +64,8 @@ function(shardmesh_fuzz_test name)
 	target_link_libraries(fuzz_${name} PRIVATE ${ARGN} Threads::Threads m)
 	target_link_options(fuzz_${name} PRIVATE -fsanitize=fuzzer)
 	set_target_properties(fuzz_${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
-	set(found ${CMAKE_BINARY_DIR}/tests/fuzz/${name})
-	file(MAKE_DIRECTORY ${found})
-	set(corpus ${CMAKE_SOURCE_DIR}/tests/fuzz/corpus/${name})
-	if(NOT IS_DIRECTORY ${corpus})
-		set(corpus "")
-	endif()
-	shardmesh_test(fuzz.${name} LABELS fuzz TIMEOUT 120
-		COMMAND fuzz_${name} -max_total_time=10 -timeout=10 -rss_limit_mb=2048 -artifact_prefix=${found}/
-			${found} ${corpus})
+	shardmesh_test(fuzz.${name} LABELS fuzz TIMEOUT 300
+		COMMAND ${CMAKE_SOURCE_DIR}/tests/fuzz/run.sh $<TARGET_FILE:fuzz_${name}> ${name})
 endfunction()
 
 # The scripts of tests/lint. Analysis takes minutes, so --quick leaves it out (label analysis instead of lint).

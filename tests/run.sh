@@ -5,7 +5,7 @@
 # printed is ctest's summary, over all builds; the exit status is ctest's. Results as JUnit: build/all/results.xml.
 #   --quick  release build: lint, unit tests and those labelled quick (at most 2 minutes)
 #   default  also the sanitizer builds, fuzzing and clang-tidy (at most 25 minutes)
-#   --all    also what is labelled long
+#   --all    also what is labelled long, and a minute of fuzzing a target
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,10 @@ case ${1-} in
 	presets=(release)
 	select+=(-L '^(build|lint|unit|quick)$')
 	;;
---all) select=() ;;
+--all)
+	select=()
+	export SHARDMESH_FUZZ_SECONDS=${SHARDMESH_FUZZ_SECONDS:-60}
+	;;
 '') ;;
 *)
 	echo "usage: $0 [--quick|--all]" >&2
