@@ -32,7 +32,8 @@ static int map_fd(struct data_file *f, int fd, struct err *e)
 
 int data_file_map(struct data_file *f, const char *path, struct err *e)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC), rc;
+	/* A pipe under the name would wait for a writer before it could be refused. */
+	int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), rc;
 
 	*f = (struct data_file){ .path = path };
 	if (fd < 0)

@@ -262,7 +262,8 @@ int st_open(const char *path, struct st_file *out, struct err *e)
 	f.path = strdup(path);
 	if (!f.path)
 		return err_set(e, -ENOMEM, "%s: out of memory", path);
-	f.fd = open(path, O_RDONLY | O_CLOEXEC);
+	/* A pipe under the name would wait for a writer before it could be refused. */
+	f.fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	if (f.fd < 0) {
 		rc = err_set(e, -errno, "%s: %s", path, strerror(errno));
 		goto close_file;

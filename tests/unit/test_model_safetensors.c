@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -90,6 +91,20 @@ static void test_hostile(void **state)
 		{ T(F32("1", 0, 4)), 4, "shape is not a list" },
 		{ T(F32("[1,1,1,1,1,1,1,1,1]", 0, 4)), 4, "9 dimensions; at most 8" },
 		{ T(F32("[1]", 4, 0)), 4, "data_offsets end before they begin" },
+		{ T(F32("[1]", -4, 0)), 4, "data_offsets is not a list of two non-negative integers" },
+		{ T(F32("[1]", 0, 4.0)), 4, "data_offsets is not a list of two non-negative integers" },
+		{ T(F32("[1]", 0, 1e1)), 4, "data_offsets is not a list of two non-negative integers" },
+		{ T(F32("[1]", 0, 18446744073709551616)), 4, "too big integer" },
+		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,\"4\"]"), 4,
+		  "data_offsets is not a list of two non-negative integers" },
+		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,2,4]"), 4,
+		  "data_offsets is not a list of two" },
+		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":{}"), 4, "data_offsets is not a list of two" },
+		{ T("\"dtype\":\"F32\",\"shape\":[4611686018427387904,8],\"data_offsets\":[0,0]"), 0,
+		  "tensor \"t\": shape overflows 64 bits" },
+		{ T("\"shape\":[1],\"data_offsets\":[0,4],\"type\":\"F32\""), 4, "expected exactly dtype, shape and" },
+		{ T("\"dtype\":null,\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype (not a string)" },
+		{ T("\"dtype\":\"f32\",\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype f32" },
 		{ T(F32("[1]", 4, 8)), 8, "begins at byte 4, where 0 was expected: a hole in the data" },
 		{ T(F32("[2]", 0, 4)), 4, "shape and dtype take 8 bytes and data_offsets give 4" },
 		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]"), 4, "data_offsets is not a list of two" },
@@ -105,6 +120,10 @@ static void test_hostile(void **state)
 		{ "{\"a\":{" F32("[1]", 0, 4) "},\"b\":{" F32("[1]", 8, 12) "}}", 12, "a hole in the data" },
 		{ "{\"a\":{" F32("[1]", 0, 4) "},\"a\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
 		{ "{\"a\":{" F32("[1]", 0, 4) ",\"dtype\":\"F32\"}}", 4, "duplicate object key" },
+		{ "{\"a\":{" F32("[1]", 0, 4) "},\"\\u0061\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
+		{ "{\"__metadata__\":{\"x\":\"1\",\"x\":\"1\"}}", 0, "duplicate object key" },
+		{ "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "duplicate object key" },
+		{ "{\"a\\u0000b\":{" F32("[1]", 0, 4) "}}", 4, "NUL byte in object key" },
 		{ "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ \"format\" is not a string" },
 		{ "{\"__metadata__\":[]}", 0, "__metadata__ is not an object" },
 		{ "[]", 0, "the header is not a JSON object" },
@@ -112,6 +131,10 @@ static void test_hostile(void **state)
 		{ "{\"a\":NaN}", 0, "invalid token" },
 		{ "{/**/}", 0, "string or '}' expected" },
 		{ "{\"\xff\":{}}", 0, "unable to decode byte 0xff" },
+		{ "{\"\xc0\xaf\":{}}", 0, "unable to decode byte 0xc0" },
+		{ "\xef\xbb\xbf{}", 0, "header, byte" },
+		{ "{\"a\":Infinity}", 0, "invalid token" },
+		{ "{\"a\":{" F32("[1]", 0, 4) "},}", 4, "string or '}' expected" },
 		{ "", 0, "header, byte" },
 	};
 
@@ -145,6 +168,36 @@ static void test_length_word(void **state)
 	assert_int_equal(st_open("/no/such/file", &f, &e), -ENOENT);
 	assert_int_equal(st_open("/", &f, &e), -EINVAL);
 	assert_non_null(strstr(e.text, "not a regular file"));
+	/* A pipe that nobody writes to: refused, not waited for. */
+	assert_int_equal(unlink(path), 0);
+	assert_int_equal(mkfifo(path, 0600), 0);
+	assert_int_equal(st_open(path, &f, &e), -EINVAL);
+	assert_non_null(strstr(e.text, "not a regular file"));
+	assert_int_equal(unlink(path), 0);
+}
+
+/* Zeros behind the object are no blanks, and no more of the header is read than its length says. */
+static void test_tail_of_header(void **state)
+{
+	static const char padded[] = "{}\0\0\0\0\0\0";
+	uint64_t n = 8;
+	uint8_t file[16];
+	struct st_file f;
+	struct err e = { 0 };
+
+	(void)state;
+	memcpy(file, &n, 8);
+	memcpy(file + 8, padded, 8);
+	assert_int_equal(file_write_atomic(path, file, sizeof(file), 0600, NULL), 0);
+	assert_int_equal(st_open(path, &f, &e), -EINVAL);
+	assert_non_null(strstr(e.text, "header, byte"));
+	n = 0;
+	memcpy(file, &n, 8);
+	assert_int_equal(file_write_atomic(path, file, 8, 0600, NULL), 0);
+	assert_int_equal(st_open(path, &f, &e), -EINVAL);
+	assert_non_null(strstr(e.text, "header, byte"));
+	assert_int_equal(open_bytes(2, "{} ", zeros, 0, &f, &e), -EINVAL);
+	assert_non_null(strstr(e.text, "something is behind them"));
 }
 
 /* Nesting beyond jansson's limit is an error, not a stack overflow. */
@@ -156,6 +209,10 @@ static void test_nesting(void **state)
 
 	(void)state;
 	memset(deep, '[', sizeof(deep) - 1);
+	assert_int_equal(open_bytes(sizeof(deep) - 1, deep, zeros, 0, &f, &e), -EINVAL);
+	assert_non_null(strstr(e.text, "maximum parsing depth"));
+	for (size_t i = 0; i + 5 < sizeof(deep); i += 5)
+		memcpy(deep + i, "{\"a\":", 5);
 	assert_int_equal(open_bytes(sizeof(deep) - 1, deep, zeros, 0, &f, &e), -EINVAL);
 	assert_non_null(strstr(e.text, "maximum parsing depth"));
 }
@@ -298,10 +355,11 @@ static void test_writer(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_golden),      cmocka_unit_test(test_hostile),
-		cmocka_unit_test(test_length_word), cmocka_unit_test(test_nesting),
-		cmocka_unit_test(test_odd_shapes),  cmocka_unit_test(test_values),
-		cmocka_unit_test(test_long_tensor), cmocka_unit_test(test_writer),
+		cmocka_unit_test(test_golden),         cmocka_unit_test(test_hostile),
+		cmocka_unit_test(test_length_word),    cmocka_unit_test(test_nesting),
+		cmocka_unit_test(test_tail_of_header), cmocka_unit_test(test_odd_shapes),
+		cmocka_unit_test(test_values),         cmocka_unit_test(test_long_tensor),
+		cmocka_unit_test(test_writer),
 	};
 
 	return cmocka_run_group_tests(tests, setup, teardown);
