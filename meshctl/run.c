@@ -343,12 +343,31 @@ static int check_data(const struct job_config *c, struct err *e)
 	return 0;
 }
 
+/* The shard services read them; here their headers are looked at, before anything is started or written. */
+static int check_weights(const struct job_config *c, struct err *e)
+{
+	struct model_weights *w;
+	struct unit_table t;
+	int rc;
+
+	if (!c->weights)
+		return 0;
+	rc = unit_table_init(&t, &c->model, e);
+	if (rc)
+		return rc;
+	rc = model_weights_open(c->weights, &t, &w, e);
+	if (!rc)
+		model_weights_close(w);
+	unit_table_release(&t);
+	return rc ? err_prefix(e, "shardmesh.weights") : 0;
+}
+
 static int run_job(struct run *r)
 {
 	struct err e = { 0 };
 
 	r->exit_code = EXIT_JOB_FAILED;
-	if (check_data(r->config, &e)) {
+	if (check_weights(r->config, &e) || check_data(r->config, &e)) {
 		fprintf(stderr, "meshctl run: %s\n", e.text);
 		return EXIT_CONFIG;
 	}
