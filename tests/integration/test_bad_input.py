@@ -57,10 +57,109 @@ def missing_files(directory):
     expect(edit(directory, '"text.txt"', '"."'), 42, str(directory))
 
 
-def short_data(directory):
+def unreadable_files(directory):
+    """What is there and cannot be read: no right to it, a pipe that nobody writes to, an empty file."""
     path = config(directory)
-    (directory / "text.txt").write_text("too short")
-    expect(path, 42, "shardmesh.data", "33")
+    text = directory / "text.txt"
+    if os.geteuid():
+        text.chmod(0)
+        expect(path, 42, "shardmesh.data", str(text), "Permission denied")
+        text.chmod(0o644)
+    text.unlink()
+    os.mkfifo(text)
+    expect(path, 42, "shardmesh.data", str(text), "regular file")
+    text.unlink()
+    text.write_bytes(b"")
+    expect(path, 42, "shardmesh.data", str(text), "empty")
+    nothing_left(directory)
+
+
+def nothing_left(directory):
+    check(not (directory / "run").exists(), "a run directory was made for a job that cannot start")
+
+
+def short_data(directory):
+    """The file is named, with what it has and what a sample takes; so is the one of several that is short."""
+    path = config(directory)
+    short = directory / "short.txt"
+    short.write_text("too short")
+    c = json.loads(path.read_text())
+    for train in ("short.txt", ["text.txt", {"path": "short.txt"}]):
+        c["shardmesh"]["data"] |= {"train": train, "validation_fraction": 0}
+        c["shardmesh"]["eval_batches"] = 0
+        path.write_text(json.dumps(c))
+        expect(path, 42, "shardmesh.data", str(short), "9 tokens", "33")
+    short.write_text("too short to hold any of it out")
+    c["shardmesh"]["data"] |= {"train": "text.txt", "validation": "short.txt"}
+    path.write_text(json.dumps(c))
+    expect(path, 42, "shardmesh.data", str(short), "validation", "33")
+    (directory / "short.jsonl").write_text('\n\n')
+    del c["shardmesh"]["data"]["validation"]
+    c["shardmesh"]["data"] |= {"train": "short.jsonl", "format": "jsonl"}
+    path.write_text(json.dumps(c))
+    expect(path, 42, "shardmesh.data", str(directory / "short.jsonl"), "no document")
+    nothing_left(directory)
+
+
+def jsonl_lines(directory):
+    """A line that is no document is named by its number."""
+    c = json.loads(config(directory).read_text())
+    path, data = directory / "job.json", directory / "lines.jsonl"
+    c["shardmesh"]["data"] |= {"train": "lines.jsonl", "format": "jsonl"}
+    path.write_text(json.dumps(c))
+    for line, words in [("{\"text\": \"a\"", "comma"), ("{\"prompt\": \"a\"}", "completion"), ("[1]", "object"),
+                        ("{\"text\": 1}", "not a string"), ("[" * 5000, "object"), ("{\"x\": " + "[" * 5000, "too deep")]:
+        data.write_text('{"text": "a good line"}\n' * 3 + line + "\n")
+        expect(path, 42, f"{data}:4:", words)
+    data.write_bytes(b'{"text": "\xff"}\n')
+    expect(path, 42, f"{data}:1:", "UTF-8")
+    nothing_left(directory)
+
+
+def weights_at(directory, header, data=b"", name="model.safetensors", length=None):
+    """A Hugging Face directory with one file of weights, bytes as given."""
+    place = directory / "hostile"
+    place.mkdir(exist_ok=True)
+    raw = header.encode()
+    (place / name).write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return place
+
+
+def hostile_weights(directory):
+    """Headers and indices made to mislead: refused before anything starts, by the file's name."""
+    path = config(directory)
+    c = json.loads(path.read_text())
+    c["shardmesh"]["weights"] = "hostile"
+    path.write_text(json.dumps(c))
+    file = directory / "hostile/model.safetensors"
+    entry = '"%s":{"dtype":"F32","shape":[%s],"data_offsets":[%d,%d]}'
+    cases = [
+        (dict(header="{}", length=2**63), "header"),
+        (dict(header="{}", length=100000001), "100000000"),
+        (dict(header="[" * 100000), "depth"),
+        (dict(header="{" + entry % ("a", "1", 0, 4) + "," + entry % ("a", "1", 0, 4) + "}", data=bytes(4)), "duplicate"),
+        (dict(header="{" + entry % ("a", "9223372036854775807,4", 0, 4) + "}", data=bytes(4)), "overflows"),
+        (dict(header="{" + entry % ("a", "2", 0, 8) + "," + entry % ("b", "2", 4, 12) + "}", data=bytes(12)), "overlap"),
+        (dict(header="{" + entry % ("a", "1", 4, 8) + "}", data=bytes(8)), "hole"),
+        (dict(header="{" + entry % ("a", "1", 0, 4) + "}", data=bytes(40)), "behind"),
+        (dict(header="{" + entry % ("transformer.wte.weight", "1", 0, 4) + "}", data=bytes(4)), "256 x 64"),
+    ]
+    for case, word in cases:
+        weights_at(directory, **case)
+        expect(path, 42, "shardmesh.weights", str(file), word)
+    file.unlink()
+    index = directory / "hostile/model.safetensors.index.json"
+    (directory / "outside.safetensors").write_bytes(b"")
+    for name, word in [("../outside.safetensors", "paths are refused"), (str(directory / "outside.safetensors"), "paths"),
+                       ("none.safetensors", "No such file")]:
+        index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+        expect(path, 42, "shardmesh.weights", str(index), word)
+    (directory / "hostile/link.safetensors").symlink_to(directory / "outside.safetensors")
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "link.safetensors"}}))
+    expect(path, 42, "shardmesh.weights", str(index), "symbolic link")
+    index.write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    expect(path, 42, "shardmesh.weights", str(index), "duplicate")
+    nothing_left(directory)
 
 
 def token_beyond_vocabulary(directory):
@@ -70,7 +169,13 @@ def token_beyond_vocabulary(directory):
     c = json.loads(config(directory).read_text())
     c["shardmesh"]["data"] |= {"train": "tokens.bin", "format": "nanogpt"}
     (directory / "job.json").write_text(json.dumps(c))
-    expect(directory / "job.json", 42, "tokens.bin", "300", "1234", "256")
+    expect(directory / "job.json", 42, str(directory / "tokens.bin"), "300", "1234", "256")
+    header = struct.pack("<256i", 20240520, 1, 4000, *[0] * 253)
+    (directory / "tokens.bin").write_bytes(header + struct.pack("<4000H", *tokens))
+    c["shardmesh"]["data"]["format"] = "llmc"
+    (directory / "job.json").write_text(json.dumps(c))
+    expect(directory / "job.json", 42, str(directory / "tokens.bin"), "300", "1234", "256")
+    nothing_left(directory)
 
 
 def too_large(directory):
@@ -79,7 +184,7 @@ def too_large(directory):
     began = time.monotonic()
     expect(path, 42, "GiB")
     check(time.monotonic() - began < 20, "took long to refuse")
-    check(not (directory / "run").exists(), "a run directory was made for a job that cannot start")
+    nothing_left(directory)
 
 
 def port_in_use(directory):
@@ -103,6 +208,44 @@ def run_directories(directory):
     run(path)
     said = expect(path, 42, "holds a job already", "--run-dir")
     check(str(directory / "run") in said, said)
+
+
+def read_only_run_directory(directory):
+    """Refused by name at the start, whoever asks: on a file system mounted read-only, or without the right to write."""
+    path = config(directory, steps=1)
+    place = directory / "place"
+    place.mkdir()
+    if os.geteuid():
+        place.chmod(0o555)
+        said = expect(path, 1, str(place), "Permission denied", flags=["--run-dir", place])
+        said = expect(path, 1, str(place / "run"), "Permission denied", flags=["--run-dir", place / "run"])
+        place.chmod(0o755)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", place], capture_output=True).returncode:
+        print("read_only_run_directory: mount is not allowed here")
+        return
+    try:
+        for run_dir in (place, place / "run"):
+            said = expect(path, 1, str(run_dir), "Read-only file system", flags=["--run-dir", run_dir])
+            check(said.count("Read-only") == 1, f"said more than once:\n{said}")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def held_lock(directory):
+    """A run directory in which a coordinator is at work is refused, and that one is not disturbed."""
+    first = start(config(directory, steps=100000))
+    try:
+        wait_for(lambda: lines(directory / "run") >= 1, "step 1")
+        env = clean_environment(SHARDMESH_TOKEN="x" * 32)
+        p = subprocess.run([BIN / "meshctl", "coordinator", "--config", directory / "job.json", "--listen", "127.0.0.1:0",
+                            "--run-dir", directory / "run"], capture_output=True, text=True, env=env, timeout=60)
+        check(p.returncode == 1, f"exit code {p.returncode}: {p.stderr}")
+        check(str(directory / "run") in p.stderr and str(members(first, "coordinator")[0]) in p.stderr, p.stderr)
+        before = lines(directory / "run")
+        wait_for(lambda: lines(directory / "run") > before, "the first job to go on")
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
 
 
 def stale_lock(directory):
@@ -169,5 +312,5 @@ def no_descriptors(directory):
 
 
 if __name__ == "__main__":
-    main([keys, batches, missing_files, short_data, token_beyond_vocabulary, too_large, port_in_use, run_directories,
-          stale_lock, token_files, non_finite, full_disk, no_descriptors])
+    main([keys, batches, missing_files, unreadable_files, short_data, jsonl_lines, hostile_weights, token_beyond_vocabulary,
+          too_large, port_in_use, run_directories, read_only_run_directory, held_lock, stale_lock, token_files, non_finite, full_disk, no_descriptors])
