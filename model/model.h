@@ -347,7 +347,7 @@ void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p);
  *   scratch   once. GPT-2: the branch C, the residual's gradient C, one more C,
  *             and one of max(3C, F). Llama: C, C, max(C, HD), and one buffer
  *             that is either F or three, HD and KD and KD
- *   head      final norm out C, rstd, GPT-2's mean, logits V: once
+ *   head      final norm out C, rstd, GPT-2's mean: once
  *   tables    Llama: cosine and sine, sequence_length * D / 2 each: once for the
  *             worker, not for each micro-batch
  */
@@ -357,9 +357,37 @@ struct activation_sizes {
 void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, uint32_t sequence_length,
 			  struct activation_sizes *out);
 
+/*
+ * How the logits of a span are made. A micro-batch of more than
+ * HEAD_LOGITS_BYTES of them is cut into pieces of its rows, of HEAD_ROWS_MIN or
+ * more, since few rows make slow products; a function of model and micro-batch
+ * alone, for it changes bits. Without that need the whole span's logits are made
+ * at once where they take no more room than one micro-batch's with the partial
+ * sums of the matrix's gradient, which the other way needs; that changes no bit.
+ */
+#define HEAD_LOGITS_BYTES (UINT64_C(256) << 20)
+#define HEAD_ROWS_MIN 256u
+#define HEAD_SUMS_MAX 32
+struct head_plan {
+	uint32_t pieces; /* 0: a span's at once; n: a micro-batch in n pieces, one at a time */
+	uint64_t logits; /* floats at once */
+	uint64_t sums;   /* floats of partial sums */
+};
+void head_plan_get(const struct model_config *m, uint32_t rows, uint32_t span, struct head_plan *out);
+/* Piece i of a micro-batch is rows [begin(i), begin(i + 1)); cut at multiples of 16, nearly equal. */
+uint32_t head_piece_begin(uint32_t rows, uint32_t pieces, uint32_t i);
+/* Of the longest piece. */
+uint32_t head_piece_rows(uint32_t rows, uint32_t pieces);
+/* Partial sums beside the gradient itself that a tree of `span` leaves needs. */
+static inline uint32_t head_sums(uint32_t span)
+{
+	return 31 - (uint32_t)__builtin_clz(span);
+}
+
 struct worker_plan {
 	uint32_t max_span; /* micro-batches of a lease this worker can hold: a power of two, at most M */
 	bool keep_activations;
+	struct head_plan head;
 	uint64_t window_elements; /* live window where units are copied (0 where they are mapped) */
 	uint32_t n_gradient_buffers;
 	uint64_t gradient_elements; /* of one buffer: the largest unit */

@@ -75,7 +75,7 @@ static void gpt2_sizes(const struct model_config *m, uint64_t rows, struct activ
 		     2 * buffer(rows, m->n_inner);
 	/* the branch, the residual's gradient, another of its width, and the widest: of q k v or of the inner layer */
 	out->scratch = 3 * c + buffer(rows, wide);
-	out->head = c + 2 * buffer(rows, 1) + buffer(rows, m->vocab_size);
+	out->head = c + 2 * buffer(rows, 1);
 	out->tables = 0;
 }
 
@@ -92,7 +92,7 @@ static void llama_sizes(const struct model_config *m, uint64_t rows, uint32_t se
 		out->inner += q + kv + buffer(rows, m->n_head) + buffer(rows, m->n_kv_head);
 	/* the branch, the residual's gradient, the attention's, and those of q k v or of the inner layer */
 	out->scratch = 2 * c + max_u64(c, q) + max_u64(f, q + 2 * kv);
-	out->head = c + buffer(rows, 1) + buffer(rows, m->vocab_size);
+	out->head = c + buffer(rows, 1);
 	out->tables = 2 * buffer(sequence_length, m->rope.rot / 2);
 }
 
@@ -106,6 +106,46 @@ void activation_sizes_get(const struct model_config *m, uint32_t micro_batch, ui
 		llama_sizes(m, rows, sequence_length, out);
 	else
 		gpt2_sizes(m, rows, out);
+}
+
+/* ----------------------------------------------------------------------- head */
+
+#define PIECE_UNIT 16u
+
+uint32_t head_piece_begin(uint32_t rows, uint32_t pieces, uint32_t i)
+{
+	assert(pieces && i <= pieces);
+	return i == pieces ? rows : (uint32_t)((uint64_t)rows * i / pieces) / PIECE_UNIT * PIECE_UNIT;
+}
+
+uint32_t head_piece_rows(uint32_t rows, uint32_t pieces)
+{
+	uint32_t most = 0;
+
+	for (uint32_t i = 0; i < pieces; i++)
+		most = (uint32_t)max_u64(most,
+					 head_piece_begin(rows, pieces, i + 1) - head_piece_begin(rows, pieces, i));
+	return most;
+}
+
+static uint32_t pieces_of(const struct model_config *m, uint32_t rows)
+{
+	uint64_t bytes = (uint64_t)rows * m->vocab_size * sizeof(float);
+	uint64_t pieces = (bytes + HEAD_LOGITS_BYTES - 1) / HEAD_LOGITS_BYTES;
+
+	return (uint32_t)max_u64(1, min_u64(pieces, rows / HEAD_ROWS_MIN));
+}
+
+void head_plan_get(const struct model_config *m, uint32_t rows, uint32_t span, struct head_plan *out)
+{
+	struct head_plan p = { .pieces = pieces_of(m, rows) };
+	uint64_t at_once = buffer((uint64_t)span * rows, m->vocab_size);
+
+	p.logits = buffer(head_piece_rows(rows, p.pieces), m->vocab_size);
+	p.sums = head_sums(span) * buffer(m->vocab_size, m->n_embd);
+	if (p.pieces == 1 && at_once <= p.logits + p.sums)
+		p = (struct head_plan){ .logits = at_once };
+	*out = p;
 }
 
 /* Tokens, targets, where documents begin, loss and dropout streams of a span. */
@@ -138,10 +178,18 @@ static uint64_t boundary_bytes(const struct worker_need *n, uint32_t span)
 	return span * n->sizes.boundary * ((uint64_t)n->c->model.n_layer + 1) * sizeof(float);
 }
 
+static uint64_t head_bytes(const struct worker_need *n, const struct head_plan *head, uint32_t span)
+{
+	return (span * n->sizes.head + head->logits + head->sums) * sizeof(float);
+}
+
 static uint64_t activation_bytes(const struct worker_need *n, uint32_t span, bool keep)
 {
-	return boundary_bytes(n, span) + blocks_bytes(n, span, keep) +
-	       span * (n->sizes.scratch + n->sizes.head) * sizeof(float) + n->sizes.tables * sizeof(float) +
+	struct head_plan head;
+
+	head_plan_get(&n->c->model, (uint32_t)n->rows, span, &head);
+	return boundary_bytes(n, span) + blocks_bytes(n, span, keep) + head_bytes(n, &head, span) +
+	       span * n->sizes.scratch * sizeof(float) + n->sizes.tables * sizeof(float) +
 	       sample_bytes(n->c, n->rows, span);
 }
 
@@ -232,7 +280,15 @@ static void add_worker_lines(struct worker_plan *p, const struct worker_need *n,
 		mem_plan_add(&p->mem, "activations", blocks_bytes(n, span, false),
 			     "of one block, recomputed in backward");
 	mem_plan_add(&p->mem, "scratch", span * n->sizes.scratch * sizeof(float), "of one block's backward");
-	mem_plan_add(&p->mem, "logits", span * n->sizes.head * sizeof(float), "and the final norm");
+	if (p->head.pieces > 1)
+		mem_plan_add(&p->mem, "final norm and logits", head_bytes(n, &p->head, span),
+			     "of %u rows at a time, and %u partial sums of their weight",
+			     head_piece_rows((uint32_t)n->rows, p->head.pieces), head_sums(span));
+	else if (p->head.pieces)
+		mem_plan_add(&p->mem, "final norm and logits", head_bytes(n, &p->head, span),
+			     "of one micro-batch, and %u partial sums of their weight", head_sums(span));
+	else
+		mem_plan_add(&p->mem, "final norm and logits", head_bytes(n, &p->head, span), "of the whole span");
 	if (n->sizes.tables)
 		mem_plan_add(&p->mem, "rotary tables", n->sizes.tables * sizeof(float), "cosine and sine");
 	mem_plan_add(&p->mem, "samples", sample_bytes(c, n->rows, span), "tokens, targets, dropout streams");
@@ -279,6 +335,7 @@ int worker_plan_make(const struct job_config *c, const struct unit_table *t, con
 			c->activations == ACTIVATIONS_KEEP ? " with shardmesh.activations \"keep\"" : "");
 	}
 	p.workspace_bytes = workspace(ctx, p.max_span);
+	head_plan_get(&c->model, (uint32_t)n.rows, p.max_span, &p.head);
 	add_worker_lines(&p, &n, t);
 	*out = p;
 	return 0;

@@ -35,6 +35,18 @@ static void walk_tables(struct walk *w, const struct net_config *cfg, struct act
 	a->sin = net_take_floats(w, n);
 }
 
+/* What the head makes: for the whole span, or for a piece of it with partial sums of the matrix's gradient. */
+static void walk_head(struct walk *w, const struct net_config *cfg, struct activations *a)
+{
+	const struct model_config *m = cfg->model;
+	uint32_t rows = cfg->batch * cfg->seq;
+	uint64_t at_once = cfg->head_pieces ? head_piece_rows(rows, cfg->head_pieces) : (uint64_t)cfg->max_span * rows;
+
+	a->logits = net_take_floats(w, at_once * m->vocab_size);
+	for (uint32_t i = 0; cfg->head_pieces && i < head_sums(cfg->max_span); i++)
+		a->head_sum[i] = net_take_floats(w, (uint64_t)m->vocab_size * m->n_embd);
+}
+
 static void walk_scratch(struct walk *w, const struct net_config *cfg, struct activations *a)
 {
 	const struct model_config *m = cfg->model;
@@ -49,7 +61,7 @@ static void walk_scratch(struct walk *w, const struct net_config *cfg, struct ac
 	a->lnf = net_take_floats(w, rows * c);
 	a->meanf = net_family_of(cfg->model)->rms ? NULL : net_take_floats(w, rows);
 	a->rstdf = net_take_floats(w, rows);
-	a->logits = net_take_floats(w, rows * m->vocab_size);
+	walk_head(w, cfg, a);
 	a->loss = take(w, cfg->max_span * sizeof(double));
 	a->tokens = take(w, rows * sizeof(uint32_t));
 	a->targets = take(w, rows * sizeof(uint32_t));

@@ -7,8 +7,6 @@
  */
 #include "worker/net.h"
 
-#include <assert.h>
-
 void net_norm_backward(struct net *n, const struct k_norm_backward *shape)
 {
 	struct k_norm_backward a = *shape;
@@ -68,46 +66,6 @@ void net_zero_gaps(struct net *n, uint32_t unit, uint32_t part, float *grad)
 		at = x->offset + x->n;
 	}
 	zero(n, grad, at, end);
-}
-
-void net_head_backward(struct net *n, const float *head, const float *head_w, float *grad)
-{
-	const struct model_config *m = n->cfg.model;
-	struct activations *a = &n->act;
-
-	assert(n->training);
-	net_zero_gaps(n, net_unit_head(n), 0, grad);
-	net_linear_backward(n,
-			    &(struct k_linear_backward){ .in = m->n_embd,
-							 .out = m->vocab_size,
-							 .w_out_in = true,
-							 .x = a->lnf,
-							 .w = head_w,
-							 .dy = a->logits,
-							 .dx = a->dy,
-							 .dw = m->tie_word_embeddings ? NULL : grad + n->refs.head_w });
-	net_norm_backward(n, &(struct k_norm_backward){ .x = a->boundary[m->n_layer],
-							.mean = a->meanf,
-							.rstd = a->rstdf,
-							.gamma = head + n->refs.lnf_w,
-							.dy = a->dy,
-							.dx = a->dx,
-							.dgamma = grad + n->refs.lnf_w,
-							.dbeta = net_grad_at(grad, n->refs.lnf_b) });
-}
-
-void net_head_backward_tied(struct net *n, float *grad)
-{
-	const struct model_config *m = n->cfg.model;
-
-	assert(m->tie_word_embeddings);
-	net_zero_gaps(n, net_unit_embedding(n), 1, grad);
-	net_linear_backward(n, &(struct k_linear_backward){ .in = m->n_embd,
-							    .out = m->vocab_size,
-							    .w_out_in = true,
-							    .x = n->act.lnf,
-							    .dy = n->act.logits,
-							    .dw = grad + n->refs.wte });
 }
 
 void net_block_backward(struct net *n, uint32_t layer, const float *params, float *grad)

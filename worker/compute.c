@@ -400,6 +400,7 @@ int compute_open(struct worker *w, struct err *e)
 		.max_span = w->plan.max_span,
 		.keep = w->plan.keep_activations,
 		.packed = data_packed(w->data),
+		.head_pieces = w->plan.head.pieces,
 		.seed = w->config.seed,
 	};
 	struct k_stream_config stream = { .profile = &w->profile, .threads = w->threads };

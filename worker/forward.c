@@ -1,11 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Forward: embedding, blocks, head. What is inside a block is its family's; it
+ * Forward: embedding and blocks. What is inside a block is its family's; it
  * ends with an addition to the residual stream, which is a call of its own.
  */
 #include "worker/net.h"
-
-#include <assert.h>
 
 void net_embed_forward(struct net *n, const float *embedding)
 {
@@ -78,52 +76,4 @@ void net_block_recompute(struct net *n, uint32_t layer, const float *params)
 	if (n->act.keep || n->act.held_layer == layer)
 		return;
 	n->family->inner(n, layer, params, acts_of(n, layer));
-}
-
-void net_head_logits(struct net *n, const float *head, const float *head_w, uint32_t first_row)
-{
-	const struct model_config *m = n->cfg.model;
-	struct k_norm norm = {
-		.n_mb = n->n_mb,
-		.rows = net_rows(n) - first_row,
-		.cols = m->n_embd,
-		.eps = m->layer_norm_epsilon,
-		.rms = n->family->rms,
-		.x = n->act.boundary[m->n_layer] + (size_t)first_row * m->n_embd,
-		.gamma = head + n->refs.lnf_w,
-		.beta = net_at(head, n->refs.lnf_b),
-		.y = n->act.lnf,
-		.mean = n->act.meanf,
-		.rstd = n->act.rstdf,
-	};
-	struct k_linear logits = {
-		.n_mb = n->n_mb,
-		.rows = norm.rows,
-		.in = m->n_embd,
-		.out = m->vocab_size,
-		.w_out_in = true,
-		.x = n->act.lnf,
-		.w = head_w,
-		.y = n->act.logits,
-	};
-
-	assert(first_row == 0 || n->n_mb == 1);
-	n->cfg.k->norm(n->stream, &norm);
-	n->cfg.k->linear(n->stream, &logits);
-}
-
-void net_head_forward(struct net *n, const float *head, const float *head_w)
-{
-	struct k_xent loss = {
-		.n_mb = n->n_mb,
-		.rows = net_rows(n),
-		.vocab = n->cfg.model->vocab_size,
-		.loss_only = !n->training,
-		.logits = n->act.logits,
-		.targets = n->act.targets,
-		.loss = n->act.loss,
-	};
-
-	net_head_logits(n, head, head_w, 0);
-	n->cfg.k->xent(n->stream, &loss);
 }

@@ -79,6 +79,7 @@ static int open_run(struct run *run, struct err *e)
 		.max_span = r->n_mb,
 		.keep = r->keep,
 		.packed = r->first_key,
+		.head_pieces = r->head_pieces,
 		.seed = r->seed,
 	};
 	int rc = net_init(&run->net, &cfg, e);
@@ -134,6 +135,7 @@ int model_run(const struct model_run *r, double *loss, struct err *e)
 	int rc;
 
 	assert(!r->training || (r->gradient && !r->logits));
+	assert(!r->logits || r->head_pieces == 0);
 	rc = open_run(&run, e);
 	if (!rc)
 		rc = compute(&run, loss, e);

@@ -19,6 +19,7 @@ struct model_run {
 	uint32_t n_mb;                    /* micro-batches of the span */
 	bool training;                    /* backward too, with the model's dropout */
 	bool keep;                        /* keep activations, else recompute them; same bits */
+	uint32_t head_pieces;             /* struct head_plan's; 0 where logits are asked for */
 	uint64_t seed, step;              /* name the dropout, */
 	uint32_t first;                   /* with the global index of the first micro-batch */
 	const uint32_t *tokens, *targets; /* [n_mb][batch][seq] */

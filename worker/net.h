@@ -63,9 +63,11 @@ struct activations {
 	uint32_t held_layer;   /* recomputed: whose forward block[0] holds */
 	float *branch;         /* [rows][C]: what is about to be added to the residual stream */
 	float *dx, *dy, *wide; /* backward: [rows][C], [rows][max(C, HD)], [rows][max(n_inner, HD + 2KD)] */
-	float *lnf, *meanf, *rstdf, *logits;
-	float *cos, *sin; /* [seq][rot / 2], of the rotary positions; NULL where there are none */
-	double *loss;     /* [max_span] */
+	float *lnf, *meanf, *rstdf;
+	float *logits;                  /* of the span, or of a piece: head_pieces */
+	float *head_sum[HEAD_SUMS_MAX]; /* partial sums of the matrix's gradient, with head_pieces */
+	float *cos, *sin;               /* [seq][rot / 2], of the rotary positions; NULL where there are none */
+	double *loss;                   /* [max_span] */
 	uint32_t *tokens, *targets;
 	uint32_t *first_key; /* as k_attention takes it; NULL where no documents are packed */
 	uint64_t *streams;   /* [dropout sites][max_span] */
@@ -77,7 +79,8 @@ struct net_config {
 	const struct k_ops *k;
 	uint32_t batch, seq, max_span;
 	bool keep;
-	bool packed; /* samples hold documents that do not see each other */
+	bool packed;          /* samples hold documents that do not see each other */
+	uint32_t head_pieces; /* struct head_plan's; 0: the logits of a span at once */
 	uint64_t seed;
 };
 
@@ -214,22 +217,29 @@ void net_embed_forward(struct net *n, const float *embedding);
 void net_block_forward(struct net *n, uint32_t layer, const float *params);
 /* Recomputed activations: the part of the block's forward that its backward needs. */
 void net_block_recompute(struct net *n, uint32_t layer, const float *params);
-/* Final norm and logits of the pass's rows from first_row on; that is 0 unless there is but one micro-batch. */
-void net_head_logits(struct net *n, const float *head, const float *head_w, uint32_t first_row);
-/* Final norm, logits, loss; in training the logits become their gradient. head_w: the logits' matrix. */
-void net_head_forward(struct net *n, const float *head, const float *head_w);
-
 /*
  * Gradients go to flat vectors of the unit; elements outside its tensors are
- * set to zero. The embedding's part 1 (tied) is net_head_backward_weight's.
+ * set to zero. The embedding's part 1 (tied) is net_head_train's.
  */
-void net_head_backward(struct net *n, const float *head, const float *head_w, float *grad);
-/* Tied: the gradient of the logits' matrix into the embedding's flat vector, part 1. */
-void net_head_backward_tied(struct net *n, float *grad);
 void net_block_backward(struct net *n, uint32_t layer, const float *params, float *grad);
 void net_embed_backward(struct net *n, float *grad);
 /* Sets to zero what lies in the pages of (unit, part) outside the part's tensors. */
 void net_zero_gaps(struct net *n, uint32_t unit, uint32_t part, float *grad);
+
+/* --------------------------------------------------------------- head.c */
+
+/* Final norm and logits of the pass's rows from first_row on; that is 0 unless there is but one micro-batch. */
+void net_head_logits(struct net *n, const float *head, const float *head_w, uint32_t first_row);
+/* Final norm, logits, loss, outside training. head_w: the logits' matrix. */
+void net_head_loss(struct net *n, const float *head, const float *head_w);
+/*
+ * The same in training, and on through the logits: act.dy becomes the gradient
+ * of the final norm's output, and the matrix's own goes to grad, the flat vector
+ * of the unit that has the matrix: the head, or (tied) the embedding, as part 1.
+ */
+void net_head_train(struct net *n, const float *head, const float *head_w, float *grad);
+/* Through the final norm. grad: the head's flat vector; untied, the one net_head_train was given. */
+void net_head_backward(struct net *n, const float *head, float *grad);
 
 /* For families: calls whose n_mb, rows and what follows from the model are filled in. Norms are of C columns. */
 void net_norm(struct net *n, const struct k_norm *shape);

@@ -32,24 +32,27 @@ static int finish_gradient(struct net *n, const struct span_hooks *h, uint32_t u
 	return rc ? rc : h->final(h->ctx, unit, part, buffer);
 }
 
-static int head_backward(struct net *n, const struct span_hooks *h, const float *head, const float *head_w)
+/* Loss and backward in one, a piece of the logits at a time: the matrix's gradient is the first that is final. */
+static int head_train(struct net *n, const struct span_hooks *h, const float *head, const float *head_w)
 {
 	uint32_t unit = net_unit_head(n), embedding = net_unit_embedding(n);
+	bool tied = n->cfg.model->tie_word_embeddings;
 	float *buffer;
 	int rc;
 
-	rc = h->gradient(h->ctx, unit, 0, &buffer);
+	rc = h->gradient(h->ctx, tied ? embedding : unit, tied, &buffer);
 	if (rc)
 		return rc;
-	net_head_backward(n, head, head_w, buffer);
-	rc = finish_gradient(n, h, unit, 0, buffer);
-	if (rc || !n->cfg.model->tie_word_embeddings)
-		return rc;
-	rc = h->gradient(h->ctx, embedding, 1, &buffer);
-	if (rc)
-		return rc;
-	net_head_backward_tied(n, buffer);
-	return finish_gradient(n, h, embedding, 1, buffer);
+	net_head_train(n, head, head_w, buffer);
+	if (tied) {
+		rc = finish_gradient(n, h, embedding, 1, buffer);
+		if (!rc)
+			rc = h->gradient(h->ctx, unit, 0, &buffer);
+		if (rc)
+			return rc;
+	}
+	net_head_backward(n, head, buffer);
+	return finish_gradient(n, h, unit, 0, buffer);
 }
 
 static int block_backward(struct net *n, const struct span_hooks *h, uint32_t layer, const float *params)
@@ -89,8 +92,10 @@ static int run_use(struct net *n, const struct span_hooks *h, const struct use *
 		return settle(n);
 	case USE_HEAD:
 		head_w = (n->cfg.model->tie_word_embeddings ? params[1] : params[0]) + n->refs.head_w;
-		net_head_forward(n, params[0], head_w);
-		return n->training ? head_backward(n, h, params[0], head_w) : settle(n);
+		if (n->training)
+			return head_train(n, h, params[0], head_w);
+		net_head_loss(n, params[0], head_w);
+		return settle(n);
 	case USE_BLOCK_BACKWARD:
 		return block_backward(n, h, u->layer, params[0]);
 	case USE_EMBED_BACKWARD:

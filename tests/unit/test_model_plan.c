@@ -53,6 +53,42 @@ static int teardown(void **state)
 	return 0;
 }
 
+/* Pieces by the micro-batch alone; sums by the span; whichever is less where nothing has to be cut. */
+static void test_head(void **state)
+{
+	const struct model_config m = { .vocab_size = 50257, .n_embd = 768 };
+	static const struct {
+		uint32_t rows, span, pieces, longest, sums;
+	} want[] = {
+		{ 128, 2, 0, 256, 0 },   { 512, 2, 0, 1024, 0 },  { 1024, 1, 0, 1024, 0 }, { 1024, 2, 1, 1024, 1 },
+		{ 1024, 4, 1, 1024, 2 }, { 2048, 1, 2, 1024, 0 }, { 2048, 8, 2, 1024, 3 }, { 4100, 3, 4, 1028, 1 },
+	};
+	const struct model_config wide = { .vocab_size = 1000000, .n_embd = 64 };
+	struct head_plan p;
+	(void)state;
+
+	for (size_t i = 0; i < ARRAY_LEN(want); i++) {
+		head_plan_get(&m, want[i].rows, want[i].span, &p);
+		assert_int_equal(p.pieces, want[i].pieces);
+		assert_int_equal(p.logits, round_up_u64((uint64_t)want[i].longest * 50257, 16));
+		assert_int_equal(p.sums, want[i].sums * 50257ull * 768);
+		assert_int_equal(want[i].sums, p.pieces ? head_sums(want[i].span) : 0);
+	}
+	/* Never fewer than HEAD_ROWS_MIN rows, however wide they are. */
+	head_plan_get(&wide, 1000, 1, &p);
+	assert_int_equal(p.pieces, 3);
+	for (uint32_t rows = HEAD_ROWS_MIN; rows < 3000; rows += 97)
+		for (uint32_t pieces = 1; pieces <= rows / HEAD_ROWS_MIN; pieces++) {
+			assert_int_equal(head_piece_begin(rows, pieces, 0), 0);
+			assert_int_equal(head_piece_begin(rows, pieces, pieces), rows);
+			for (uint32_t i = 0; i < pieces; i++)
+				assert_in_range(head_piece_begin(rows, pieces, i + 1) -
+							head_piece_begin(rows, pieces, i),
+						rows / pieces - 16, head_piece_rows(rows, pieces));
+			assert_in_range(head_piece_rows(rows, pieces), rows / pieces, rows / pieces + 32);
+		}
+}
+
 static struct worker_plan plan(struct fixture *f, uint64_t memory, uint32_t host_workers, bool mapped)
 {
 	struct worker_plan p;
@@ -91,7 +127,7 @@ static void test_sizes(void **state)
 	assert_int_equal(s.boundary, 512 * 256);
 	assert_int_equal(s.inner, 512 * (4 * 256 + 4 + 3 * 256 + 4 + 2 * 1024));
 	assert_int_equal(s.scratch, 512 * (3 * 256 + 1024));
-	assert_int_equal(s.head, 512 * (256 + 2 + 1000));
+	assert_int_equal(s.head, 512 * (256 + 2));
 	/* A row of 3 positions: 3 * 4 heads of lse take a line of 16 floats. */
 	activation_sizes_get(&f->c.model, 1, 3, &s);
 	assert_int_equal(s.inner, 4 * 768 + 4 * 16 + 3 * 768 + 16 + 2 * 3072);
@@ -116,7 +152,7 @@ static void test_llama_sizes(void **state)
 	assert_int_equal(s.boundary, 512 * 256);
 	assert_int_equal(s.inner, 512 * (3 * 256 + 2 + 2 * 384 + 2 * 96 + 8 + 3 * 512));
 	assert_int_equal(s.scratch, 512 * (2 * 256 + 384 + 384 + 2 * 96));
-	assert_int_equal(s.head, 512 * (256 + 1 + 1000));
+	assert_int_equal(s.head, 512 * (256 + 1));
 	assert_int_equal(s.tables, 2 * 128 * 24);
 	m.qk_norm = true;
 	m.n_inner = 1024;
@@ -145,7 +181,9 @@ static void test_plenty(void **state)
 	assert_int_equal(line(&p.mem, "residual stream"), 8 * 7 * s.boundary * 4);
 	assert_int_equal(line(&p.mem, "activations"), 8 * 6 * s.inner * 4);
 	assert_int_equal(line(&p.mem, "scratch"), 8 * s.scratch * 4);
-	assert_int_equal(line(&p.mem, "logits"), 8 * s.head * 4);
+	/* One micro-batch's logits and the three sums that a tree of 8 needs: less than the logits of 8. */
+	assert_int_equal(p.head.pieces, 1);
+	assert_int_equal(line(&p.mem, "final norm and logits"), (8 * s.head + 512 * 1000 + 3 * 1000 * 256) * 4);
 	assert_int_equal(plan(f, 64 * GIB, 2, true).window_elements, 0);
 }
 
@@ -334,7 +372,7 @@ int main(void)
 		cmocka_unit_test(test_sizes),  cmocka_unit_test(test_llama_sizes), cmocka_unit_test(test_plenty),
 		cmocka_unit_test(test_spans),  cmocka_unit_test(test_less_memory), cmocka_unit_test(test_modes),
 		cmocka_unit_test(test_window), cmocka_unit_test(test_shards),      cmocka_unit_test(test_partial_sums),
-		cmocka_unit_test(test_print),
+		cmocka_unit_test(test_print),  cmocka_unit_test(test_head),
 	};
 
 	return cmocka_run_group_tests(tests, setup, teardown);

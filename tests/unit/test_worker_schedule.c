@@ -168,7 +168,7 @@ static void order_of_training(void **state)
 
 	(void)state;
 	assert_int_equal(run(f, true, &loss), 0);
-	assert_string_equal(f->trace, " 0 1 2 3 4+0 g4.0 g0.1 3 g3.0 2 g2.0 1 g1.0 g0.0");
+	assert_string_equal(f->trace, " 0 1 2 3 4+0 g0.1 g4.0 3 g3.0 2 g2.0 1 g1.0 g0.0");
 	assert_memory_equal(&loss, &want, sizeof(loss));
 	for (uint32_t u = 0; u < f->t->table.n_units; u++)
 		for (uint32_t p = 0; p < f->t->table.unit[u].n_parts; p++)
