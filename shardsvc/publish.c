@@ -400,6 +400,7 @@ static void on_event(struct shard *s, const struct fab_event *ev)
 	case FAB_EV_CONNECTED:
 	case FAB_EV_READ:
 	case FAB_EV_WRITE:
+	case FAB_EV_SIGNAL:
 		assert(!"a shard service connects to nobody and posts nothing");
 		break;
 	}

@@ -415,6 +415,7 @@ static void handle(struct worker *w, const struct fab_event *ev)
 		break;
 	case FAB_EV_ACCEPTED:
 	case FAB_EV_NOTICE:
+	case FAB_EV_SIGNAL:
 		/* This side gives out no address and no inbox. */
 		assert(false);
 		break;
