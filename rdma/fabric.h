@@ -123,6 +123,34 @@ struct fab_options {
 	const char *local_address; /* IP address of ours that reaches the coordinator; NULL: not known */
 };
 
+/*
+ * The same by name, as a user says them: the flags --rdma-NAME and --ofi-provider, and keys of a config. Strings are
+ * kept by reference; "auto" is what it is without. -EINVAL: e says what was expected.
+ */
+int fab_options_set(struct fab_options *o, const char *name, const char *value, struct err *e);
+
+/* The flags of every program that opens a fabric; NULL: not given. fabric is for fab_candidates. */
+struct fab_flags {
+	const char *fabric, *connect, *devices, *queue_pairs, *gid_index, *mtu, *pkey_index, *service_level,
+		*traffic_class, *timeout, *ofi_provider;
+};
+#define FAB_FLAG_OPTS(f)                                                                                         \
+	{ "fabric", OPT_STR, &(f).fabric, "NAME", "auto, local, local-copy, verbs, ofi", false },                \
+		{ "rdma-connect", OPT_STR, &(f).connect, "HOW", "auto, cm (librdmacm) or control", false },      \
+		{ "rdma-devices", OPT_STR, &(f).devices, "LIST", "mlx5_0,mlx5_1:2 (every active port)", false }, \
+		{ "rdma-queue-pairs", OPT_STR, &(f).queue_pairs, "N", "a peer, port and use (2)", false },       \
+		{ "rdma-gid-index", OPT_STR, &(f).gid_index, "N", "of the port's GIDs (automatic)", false },     \
+		{ "rdma-mtu", OPT_STR, &(f).mtu, "BYTES", "path MTU (the smaller of both ports')", false },      \
+		{ "rdma-pkey-index", OPT_STR, &(f).pkey_index, "N", "of the port's partition keys (0)", false }, \
+		{ "rdma-service-level", OPT_STR, &(f).service_level, "N", "0 to 15 (0)", false },                \
+		{ "rdma-traffic-class", OPT_STR, &(f).traffic_class, "N", "0 to 255 (0)", false },               \
+		{ "rdma-timeout", OPT_STR, &(f).timeout, "N", "of a packet, 4.096 us * 2^N (14)", false },       \
+	{                                                                                                        \
+		"ofi-provider", OPT_STR, &(f).ofi_provider, "NAME", "libfabric's provider (tcp;ofi_rxm)", false  \
+	}
+/* Lays what was given over *o. */
+int fab_flags_apply(const struct fab_flags *f, struct fab_options *o, struct err *e);
+
 struct fab_config {
 	struct log *log;
 	const char *job;                   /* names what we create */
