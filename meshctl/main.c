@@ -9,10 +9,12 @@ static const struct command {
 	const char *help;
 } commands[] = {
 	{ "run", run_main, "train: start a whole job on this machine and follow it" },
+	{ "plan", plan_main, "what a job would take of this machine's memory; starts nothing" },
 	{ "coordinator", coordinator_main, "run the coordinator alone; members join by --rdzv-endpoint" },
 	{ "status", status_main, "every member of a job and every wait" },
 	{ "stop", stop_main, "finish the open step, write the model and end the job" },
 	{ "generate", generate_main, "write text with a trained model" },
+	{ "bench", bench_main, "bench fabric: what a pair of members gets from a fabric" },
 };
 
 static void help(FILE *f)

@@ -10,10 +10,12 @@
 
 /* Commands: argv[0] is the command's name; the result is the process's exit code. */
 int run_main(int argc, char **argv);
+int plan_main(int argc, char **argv);
 int coordinator_main(int argc, char **argv);
 int status_main(int argc, char **argv);
 int stop_main(int argc, char **argv);
 int generate_main(int argc, char **argv);
+int bench_main(int argc, char **argv);
 
 /* "usage: meshctl NAME ..." with the table's options. */
 void command_help(const char *usage, const char *what, const struct opt *opts);
@@ -83,8 +85,13 @@ void child_epitaph(const struct child *c, char *out, size_t bytes);
 
 /* -------------------------------------------------------------------- plan */
 
-/* Prints the memory plan of every process of the job to f; -ENOMEM when the job does not fit this machine. */
-int plan_print(FILE *f, const struct job_config *c, struct err *e);
+/* Opens the data as every worker will, and closes them again; what their index takes. -EINVAL, e names the file. */
+int data_check(const struct job_config *c, uint64_t *index_bytes, struct err *e);
+/*
+ * Prints the memory plan of every process of the job to f, by the functions that
+ * they plan with themselves; -ENOMEM when the job does not fit this machine.
+ */
+int plan_print(FILE *f, const struct job_config *c, uint64_t index_bytes, struct err *e);
 
 /* ---------------------------------------------------------------- progress */
 

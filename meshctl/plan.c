@@ -3,124 +3,187 @@
  * The memory plan of a local run, before anything is started: the very
  * functions that the members plan with, on the same inputs.
  */
-#include "kernels/kernels.h"
 #include "meshctl/meshctl.h"
 #include "rdma/fabric.h"
+#include "shardsvc/shardsvc.h"
+#include "worker/worker.h"
 
 #include <errno.h>
 #include <string.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
-struct plan_inputs {
+struct job_plan {
 	const struct job_config *config;
 	struct batch_plan batch;
-	unsigned threads;
+	struct unit_table table;
+	bool mapped;
+	uint64_t index_bytes, total;
+	FILE *out;
 };
 
-static uint64_t workspace(void *ctx, uint32_t n_mb)
+/* Shares differ by a run or two, so the largest stands for all. */
+static int print_shards(struct job_plan *p, struct err *e)
 {
-	const struct plan_inputs *in = ctx;
-	const struct model_config *m = &in->config->model;
-	struct k_dims dims = {
-		.n_mb = n_mb,
-		.batch = in->batch.micro_batch,
-		.seq = in->config->data.sequence_length,
-		.channels = m->n_embd,
-		.heads = m->n_head,
-		.kv_heads = m->n_kv_head,
-		.head_dim = m->head_dim,
-		.ffn = m->n_inner,
-		.vocab = m->vocab_size,
-	};
-
-	return k_cpu_ops()->workspace_bytes(&dims, in->threads);
-}
-
-static int print_shards(FILE *f, const struct plan_inputs *in, const struct unit_table *t, bool mapped, uint64_t *total,
-			struct err *e)
-{
-	const struct job_config *c = in->config;
+	const struct job_config *c = p->config;
+	const struct shard_place place = { .n_workers = c->workers,
+					   .threads = shard_threads(c, c->shards),
+					   .mapped = p->mapped };
+	struct shard_plan plan, largest = { 0 };
 	uint32_t ids[512];
 	struct page_map map;
-	struct shard_plan plan;
-	char who[32];
+	char who[64];
 	int rc;
 
 	for (uint32_t i = 0; i < c->shards; i++)
 		ids[i] = i + 1;
-	rc = page_map_init(&map, t, ids, c->shards, c->max_owners_per_unit);
+	rc = page_map_init(&map, &p->table, ids, c->shards, c->max_owners_per_unit);
 	if (rc)
 		return err_set(e, rc, "no page map for %u shard services", c->shards);
 	for (uint32_t i = 0; i < c->shards && !rc; i++) {
-		rc = shard_plan_make(c, t, &map, ids[i], in->batch.n_micro, c->workers, mapped, &plan, e);
+		rc = shard_memory_plan(c, &p->table, &map, ids[i], p->batch.n_micro, &place, &plan, e);
 		if (rc)
 			break;
-		*total += plan.mem.total;
-		snprintf(who, sizeof(who), "shard service %u of %u", i + 1, c->shards);
-		if (i == 0)
-			mem_plan_print(f, who, &plan.mem);
+		p->total += plan.mem.total;
+		if (plan.mem.total > largest.mem.total)
+			largest = plan;
 	}
 	page_map_release(&map);
+	snprintf(who, sizeof(who), "each of %u shard services at most", c->shards);
+	if (!rc)
+		mem_plan_print(p->out, who, &largest.mem);
 	return rc;
 }
 
-static int print_workers(FILE *f, const struct plan_inputs *in, const struct unit_table *t, bool mapped,
-			 uint64_t *total, struct err *e)
+static int print_workers(struct job_plan *p, struct err *e)
 {
-	uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+	const struct job_config *c = p->config;
+	const struct worker_memory m = {
+		.n_shards = c->shards,
+		.host_workers = c->workers,
+		.threads = worker_threads(c, c->workers),
+		.mapped = p->mapped,
+		.index_bytes = p->index_bytes,
+	};
 	struct worker_plan plan;
 	char who[32];
-	int rc;
+	int rc = worker_memory_plan(c, &p->table, &p->batch, &m, &plan, e);
 
-	rc = worker_plan_make(in->config, t, &in->batch, memory, in->config->workers, mapped, workspace,
-			      (void *)(uintptr_t)in, &plan, e);
 	if (rc)
 		return rc;
-	*total += plan.mem.total * in->config->workers;
-	snprintf(who, sizeof(who), "each of %u workers", in->config->workers);
-	mem_plan_print(f, who, &plan.mem);
+	p->total += plan.mem.total * c->workers;
+	snprintf(who, sizeof(who), "each of %u workers", c->workers);
+	mem_plan_print(p->out, who, &plan.mem);
 	return 0;
 }
 
-int plan_print(FILE *f, const struct job_config *c, struct err *e)
+static int print_all(struct job_plan *p, struct err *e)
 {
-	struct plan_inputs in = { .config = c };
-	uint64_t total = 0, memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-	char need[24], have[24], reason[160];
-	const char *provider;
-	struct unit_table t;
-	bool mapped;
-	long cores = sysconf(_SC_NPROCESSORS_ONLN);
-	int rc;
+	uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+	char need[24], have[24];
+	int rc = print_shards(p, e);
 
-	rc = batch_resolve(c, c->workers, &in.batch, e);
+	if (!rc)
+		rc = print_workers(p, e);
+	if (rc)
+		return rc;
+	fprintf(p->out, "in all: %s of this machine's %s\n", bytes_text(p->total, need), bytes_text(memory, have));
+	if (p->total <= memory)
+		return 0;
+	return err_set(
+		e, -ENOMEM,
+		"the job needs %s and this machine has %s: use a smaller model or micro-batch, or fewer processes "
+		"here",
+		need, have);
+}
+
+/* Every worker opens the data too; here they are looked at before anything is started or written. */
+int data_check(const struct job_config *c, uint64_t *index_bytes, struct err *e)
+{
+	struct data_set *d;
+	int rc = data_open(&c->data, c->seed, c->model.vocab_size, &d, e);
+
+	if (rc) {
+		err_prefix(e, "shardmesh.data");
+		return -EINVAL;
+	}
+	*index_bytes = data_memory(d);
+	data_close(d);
+	return 0;
+}
+
+int plan_print(FILE *f, const struct job_config *c, uint64_t index_bytes, struct err *e)
+{
+	struct job_plan p = { .config = c, .index_bytes = index_bytes, .out = f };
+	char reason[160], size[24];
+	const char *provider;
+	int rc = batch_resolve(c, c->workers, &p.batch, e);
+
 	if (rc)
 		return rc;
 	rc = fab_choose(c->fabric, &provider, reason, e);
 	if (rc)
 		return rc;
-	mapped = fab_provider(provider)->maps;
-	in.threads = c->threads_per_worker ? c->threads_per_worker : (unsigned)((cores + c->workers - 1) / c->workers);
-	rc = unit_table_init(&t, &c->model, e);
+	p.mapped = fab_provider(provider)->maps;
+	rc = unit_table_init(&p.table, &c->model, e);
 	if (rc)
 		return rc;
 	fprintf(f, "model: %llu parameters in %u units, pages of %s; a step is %llu samples in %u micro-batches\n",
-		(unsigned long long)t.n_parameters, t.n_units, bytes_text(t.page * 4, need),
-		(unsigned long long)in.batch.train_batch_size, in.batch.n_micro);
+		(unsigned long long)p.table.n_parameters, p.table.n_units, bytes_text(p.table.page * 4, size),
+		(unsigned long long)p.batch.train_batch_size, p.batch.n_micro);
 	fprintf(f, "fabric: %s (%s)\n", provider, reason);
-	rc = print_shards(f, &in, &t, mapped, &total, e);
+	rc = print_all(&p, e);
+	unit_table_release(&p.table);
+	return rc;
+}
+
+/* ----------------------------------------------------------------- command */
+
+/* Exit code 42: the config is no good, or the job does not fit. */
+static int print_plan(const struct job_config *c)
+{
+	struct err e = { 0 };
+	uint64_t index_bytes;
+	int rc = data_check(c, &index_bytes, &e);
+
 	if (!rc)
-		rc = print_workers(f, &in, &t, mapped, &total, e);
-	unit_table_release(&t);
-	if (rc)
-		return rc;
-	fprintf(f, "in all: %s of this machine's %s\n", bytes_text(total, need), bytes_text(memory, have));
-	if (total > memory)
-		return err_set(
-			e, -ENOMEM,
-			"the job needs %s and this machine has %s: use a smaller model or micro-batch, or fewer processes "
-			"here",
-			need, have);
-	return 0;
+		rc = plan_print(stdout, c, index_bytes, &e);
+	if (!rc)
+		return EXIT_OK;
+	fprintf(stderr, "meshctl plan: %s\n", e.text);
+	return rc == -EINVAL || rc == -ENOMEM ? EXIT_CONFIG : EXIT_JOB_FAILED;
+}
+
+int plan_main(int argc, char **argv)
+{
+	struct config_flags f = { 0 };
+	struct job_config c;
+	struct err e = { 0 };
+	bool help = false;
+	int rest, code;
+	struct opt opts[] = {
+		CONFIG_OPTS(f),
+		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
+		{ 0 },
+	};
+
+	if (opt_parse(opts, argc, argv, &rest, &e))
+		return usage_error(argv[0], &e);
+	if (help) {
+		command_help(
+			"plan --config FILE [OPTIONS]",
+			"Prints what every process of the job would take of this machine's memory, and starts nothing.\n"
+			"Options lay over the config.",
+			opts);
+		return EXIT_OK;
+	}
+	if (rest < argc) {
+		err_set(&e, -EINVAL, "'%s' is not expected here", argv[rest]);
+		return usage_error(argv[0], &e);
+	}
+	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
+	if (code)
+		return code;
+	code = print_plan(&c);
+	job_config_release(&c);
+	return code;
 }

@@ -329,20 +329,6 @@ static void conclude(const struct run *r)
 	printf("steps: %s/steps.jsonl\nmodel: %s/model\n", dir, dir);
 }
 
-/* Every worker opens the data too; here they are looked at before anything is started or written. */
-static int check_data(const struct job_config *c, struct err *e)
-{
-	struct data_set *d;
-	int rc = data_open(&c->data, c->seed, c->model.vocab_size, &d, e);
-
-	if (rc) {
-		err_prefix(e, "shardmesh.data");
-		return -EINVAL;
-	}
-	data_close(d);
-	return 0;
-}
-
 /* The shard services read them; here their headers are looked at, before anything is started or written. */
 static int check_weights(const struct job_config *c, struct err *e)
 {
@@ -365,13 +351,14 @@ static int check_weights(const struct job_config *c, struct err *e)
 static int run_job(struct run *r)
 {
 	struct err e = { 0 };
+	uint64_t index_bytes;
 
 	r->exit_code = EXIT_JOB_FAILED;
-	if (check_weights(r->config, &e) || check_data(r->config, &e)) {
+	if (check_weights(r->config, &e) || data_check(r->config, &index_bytes, &e)) {
 		fprintf(stderr, "meshctl run: %s\n", e.text);
 		return EXIT_CONFIG;
 	}
-	if (plan_print(stdout, r->config, &e) || prepare_run_dir(r, &e)) {
+	if (plan_print(stdout, r->config, index_bytes, &e) || prepare_run_dir(r, &e)) {
 		fprintf(stderr, "meshctl run: %s\n", e.text);
 		return e.code == -EINVAL || e.code == -ENOMEM ? EXIT_CONFIG : EXIT_JOB_FAILED;
 	}
