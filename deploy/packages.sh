@@ -1,10 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# packages.sh build|test|quickstart: installs with apt, on Debian 12, what is missing of
+# packages.sh build|test|quickstart|roce: installs with apt, on Debian 12, what is missing of
 #   build       what the programs are built with and load
 #   test        build, and what tests/run.sh needs
 #   quickstart  build, and the text that the quickstart trains on
+#   roce        build, and what boots a guest with soft-RoCE and measures in it (tests/roce)
 # Says what it installs and asks nothing. With neither root nor a sudo that works without a password it prints the line
 # to run and exits 2. When everything is there it says nothing and needs no network.
 set -euo pipefail
@@ -14,13 +15,16 @@ build=(gcc libc6-dev cmake ninja-build pkg-config libevent-dev libjansson-dev li
 	libdnnl2 libopenblas0-pthread)
 test=(clang clang-format clang-tidy libclang-rt-14-dev libcmocka-dev python3 shellcheck)
 text=(perl-doc)
+roce=(qemu-system-x86 busybox-static cpio kmod iproute2 procps python3 rdma-core ibverbs-providers ibverbs-utils
+	rdmacm-utils perftest)
 
 case ${1-} in
 build) wanted=("${build[@]}") ;;
 test) wanted=("${build[@]}" "${test[@]}") ;;
 quickstart) wanted=("${build[@]}" "${text[@]}") ;;
+roce) wanted=("${build[@]}" "${roce[@]}") ;;
 *)
-	echo "usage: $0 build|test|quickstart" >&2
+	echo "usage: $0 build|test|quickstart|roce" >&2
 	exit 2
 	;;
 esac
