@@ -32,6 +32,11 @@ size_t data_workspace_bytes(unsigned threads)
 	return n ? n : CACHE_LINE;
 }
 
+uint64_t data_ring_bytes(void)
+{
+	return DATA_RING * (sizeof(struct job) + sizeof(struct job_done));
+}
+
 static void count(_Atomic uint64_t *c, uint64_t n)
 {
 	atomic_fetch_add_explicit(c, n, memory_order_relaxed);
@@ -53,6 +58,18 @@ static void do_fold(struct data *d, const struct job *j, struct job_done *out)
 	count(&d->fold_bytes, fold_traffic(p, &j->fold));
 }
 
+static void do_finish(struct data *d, const struct job *j)
+{
+	const struct store_unit *u = &d->store->unit[j->index];
+	uint64_t elements = 2 * u->share.n;
+
+	engine_finish(&d->engine, d->store, j->index, &j->finish, &d->square_sum[j->index]);
+	for (uint32_t i = 1; i < u->n_pieces; i++)
+		elements += d->store->piece[u->first_piece + i].n;
+	count(&d->folds, 1);
+	count(&d->fold_bytes, elements * sizeof(float));
+}
+
 static void do_apply(struct data *d, const struct job *j, struct job_done *out, uint64_t began)
 {
 	out->status = engine_apply(&d->engine, d->store, &j->apply, &out->hash);
@@ -72,7 +89,7 @@ static void do_job(struct data *d, const struct job *j)
 		do_fold(d, j, &out);
 		break;
 	case JOB_FINISH:
-		engine_finish(&d->engine, d->store, j->index, &d->square_sum[j->index]);
+		do_finish(d, j);
 		break;
 	case JOB_APPLY:
 		do_apply(d, j, &out, began);
@@ -132,6 +149,8 @@ static int fill_store(struct data *d)
 		return rc;
 	memset(s->moments.base, 0, s->moments.size);
 	memset(s->accumulators.base, 0, s->accumulators.size);
+	if (d->sums->memory.base)
+		memset(d->sums->memory.base, 0, d->sums->memory.elements * sizeof(float));
 	if (w && model_weights_warning(w))
 		snprintf(d->start_note, sizeof(d->start_note), "%s", model_weights_warning(w));
 	rc = fill_units(d, w);

@@ -8,7 +8,9 @@
  * The unit's gradient is whole when all its parts are at the root. A unit with
  * one part gets its square sum from the pass that makes the root; a unit with
  * two from the pass that adds part 1 to part 0, which goes over the whole share
- * so that each chunk's squares are of its final value.
+ * so that each chunk's squares are of its final value. A root that is one
+ * contribution is read by that pass where it lies: the tied embedding comes at
+ * the very end of backward, when nothing else is left to do.
  */
 #include "shardsvc/shard.h"
 
@@ -33,30 +35,37 @@ uint32_t fold_segments(const struct piece *p, const struct fold_job *j, struct k
 	return p->n_seg;
 }
 
+/* A part's root where it lies: its accumulator, unless the job names another place. */
+static const float *root_at(const struct piece *p, const struct finish_job *j, const struct share_seg *g)
+{
+	const struct fold_operand accumulator = { .at = p->accumulator };
+
+	return operand_at(j->root[p->part].at ? &j->root[p->part] : &accumulator, g);
+}
+
 /* Segment g of part 0, with the one segment of part 1 that may lie inside it. */
 static uint32_t split(const struct piece *whole, const struct share_seg *g, const struct piece *other,
-		      const struct share_seg *inside, struct k_fold_seg *out)
+		      const struct share_seg *inside, const struct finish_job *j, struct k_fold_seg *out)
 {
 	float *at = whole->accumulator + g->share_offset;
+	const float *a = root_at(whole, j, g);
 	uint64_t before = inside ? inside->unit_offset - g->unit_offset : g->n;
 	uint64_t behind = inside ? g->n - before - inside->n : 0;
 	uint32_t n = 0;
 
 	if (before)
-		out[n++] = (struct k_fold_seg){ .dst = at, .a = at, .n = before };
-	if (inside) {
-		at += before;
+		out[n++] = (struct k_fold_seg){ .dst = at, .a = a, .n = before };
+	if (inside)
 		out[n++] = (struct k_fold_seg){
-			.dst = at, .a = at, .b = other->accumulator + inside->share_offset, .n = inside->n
+			.dst = at + before, .a = a + before, .b = root_at(other, j, inside), .n = inside->n
 		};
-		at += inside->n;
-	}
 	if (behind)
-		out[n++] = (struct k_fold_seg){ .dst = at, .a = at, .n = behind };
+		out[n++] = (struct k_fold_seg){ .dst = at + g->n - behind, .a = a + g->n - behind, .n = behind };
 	return n;
 }
 
-uint32_t finish_segments(const struct store *s, uint32_t unit, struct k_fold_seg out[FOLD_SEGS_MAX])
+uint32_t finish_segments(const struct store *s, uint32_t unit, const struct finish_job *j,
+			 struct k_fold_seg out[FOLD_SEGS_MAX])
 {
 	const struct store_unit *u = &s->unit[unit];
 	const struct piece *whole = &s->piece[u->first_piece];
@@ -70,7 +79,7 @@ uint32_t finish_segments(const struct store *s, uint32_t unit, struct k_fold_seg
 
 		if (other && k < other->n_seg && other->seg[k].unit_offset < g->unit_offset + g->n)
 			inside = &other->seg[k++];
-		n += split(whole, g, other, inside, &out[n]);
+		n += split(whole, g, other, inside, j, &out[n]);
 	}
 	assert(n <= FOLD_SEGS_MAX && (!other || k == other->n_seg));
 	return n;
@@ -93,7 +102,8 @@ void engine_fold(struct engine *g, const struct piece *p, const struct fold_job 
 	run(g, fold_segments(p, j, g->seg), square_sum);
 }
 
-void engine_finish(struct engine *g, const struct store *s, uint32_t unit, struct exact_sum *square_sum)
+void engine_finish(struct engine *g, const struct store *s, uint32_t unit, const struct finish_job *j,
+		   struct exact_sum *square_sum)
 {
-	run(g, finish_segments(s, unit, g->seg), square_sum);
+	run(g, finish_segments(s, unit, j, g->seg), square_sum);
 }

@@ -10,8 +10,9 @@
  * to the data thread in that order, which is what makes them right (a sum may
  * be somebody else's as soon as its last reader is queued). A fold is held back
  * for one call of coverage_next, to see whether it makes the root: then the
- * square sum is taken in the same pass. When the ring is full, a piece is
- * marked dirty and goes on when an answer has come back.
+ * square sum is taken in the same pass, or, where the unit has another part, the
+ * pass that joins the two reads a lone contribution itself. When the ring is
+ * full, a piece is marked dirty and goes on when an answer has come back.
  *
  * After the vote nothing is taken any more: what is still offered is answered
  * CLOSED. The commit's Adam is queued before the next step's folds, so those
@@ -131,6 +132,30 @@ static void check_starved(struct shard *s, struct track *t)
 	member_link_send(s->link, WIRE_STARVED, &m);
 }
 
+/*
+ * The unit's gradient is whole when `pending`, which makes its last root, is
+ * done: the square sum comes with it, or with the pass that joins the parts. A
+ * root that is a lone contribution needs no pass of its own before that one.
+ */
+static void push_last(struct shard *s, const struct track *t, struct job *pending)
+{
+	const struct piece *p = &s->store.piece[t->index];
+	struct job finish = { .type = JOB_FINISH, .index = p->unit };
+
+	if (pending->type == JOB_FOLD && s->store.unit[p->unit].n_pieces == 1) {
+		pending->fold.last = true;
+		data_push(&s->data, pending);
+		return;
+	}
+	if (pending->type == JOB_FOLD && !pending->fold.b.at) {
+		finish.finish.root[p->part] = pending->fold.a;
+		finish.offer[0] = pending->offer[0];
+	} else if (pending->type == JOB_FOLD) {
+		data_push(&s->data, pending);
+	}
+	data_push(&s->data, &finish);
+}
+
 /* A fold in hand, and what a root asks for behind it. */
 #define PUMP_ROOM 2u
 
@@ -149,17 +174,7 @@ void reduce_pump(struct shard *s, uint32_t piece)
 				data_push(&s->data, &pending);
 			pending = fold_of(t, &a);
 		} else if (root_found(s, t)) {
-			/* A unit of one part, or of which we have one: its root is its gradient. */
-			bool fused = pending.type == JOB_FOLD &&
-				     s->store.unit[s->store.piece[piece].unit].n_pieces == 1;
-			struct job finish = { .type = JOB_FINISH, .index = s->store.piece[piece].unit };
-
-			if (pending.type == JOB_FOLD) {
-				pending.fold.last = fused;
-				data_push(&s->data, &pending);
-			}
-			if (!fused)
-				data_push(&s->data, &finish);
+			push_last(s, t, &pending);
 			pending.type = JOB_STOP;
 		}
 	}

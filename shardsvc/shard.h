@@ -19,6 +19,7 @@
 #include "mesh/mesh.h"
 #include "model/model.h"
 #include "rdma/fabric.h"
+#include "shardsvc/shardsvc.h"
 
 #include <pthread.h>
 
@@ -74,6 +75,7 @@ struct sum_extent {
 struct sum_space {
 	float *base;
 	uint64_t elements;
+	bool fitted; /* extents are never cut or joined: there is one of the right size for every sum that can be */
 	uint32_t n_free;
 	struct sum_extent *free; /* by at, never touching each other */
 };
@@ -84,8 +86,10 @@ struct sum {
 struct sum_config {
 	uint32_t max;             /* sums at once */
 	uint64_t memory_elements; /* planned */
-	uint64_t spill_elements;  /* of the file, its blocks allocated at once; 0: no file */
-	uint64_t limit_elements;  /* of file and unplanned memory: more than can ever be needed */
+	const uint64_t *fitted;   /* or NULL: sizes of all sums that can be at once, memory_elements together */
+	uint32_t n_fitted;
+	uint64_t spill_elements; /* of the file, its blocks allocated at once; 0: no file */
+	uint64_t limit_elements; /* of file and unplanned memory: more than can ever be needed */
 	const char *spill_dir;
 };
 struct sum_pool {
@@ -133,14 +137,20 @@ struct fold_job {
 	struct fold_operand a, b;
 	bool last; /* with it the unit's gradient is whole: square sum too */
 };
+/* The pass that joins a unit's parts: where the root of a part lies if it is not in the part's accumulator. */
+struct finish_job {
+	struct fold_operand root[UNIT_PARTS_MAX];
+};
 
 /* Segments of a fold, one for each of the piece's; how many. */
 uint32_t fold_segments(const struct piece *p, const struct fold_job *j, struct k_fold_seg out[FOLD_SEGS_MAX]);
-/* Segments of the last pass over a unit: part 0's roots, plus part 1's where it has pages. */
-uint32_t finish_segments(const struct store *s, uint32_t unit, struct k_fold_seg out[FOLD_SEGS_MAX]);
+/* Segments of the last pass over a unit: part 0's roots, plus part 1's where it has pages, into part 0's accumulator. */
+uint32_t finish_segments(const struct store *s, uint32_t unit, const struct finish_job *j,
+			 struct k_fold_seg out[FOLD_SEGS_MAX]);
 /* Each returns when it is done. square_sum: cleared first; may be NULL. */
 void engine_fold(struct engine *g, const struct piece *p, const struct fold_job *j, struct exact_sum *square_sum);
-void engine_finish(struct engine *g, const struct store *s, uint32_t unit, struct exact_sum *square_sum);
+void engine_finish(struct engine *g, const struct store *s, uint32_t unit, const struct finish_job *j,
+		   struct exact_sum *square_sum);
 
 struct apply_job {
 	uint64_t step; /* the version that results */
@@ -169,6 +179,7 @@ struct job {
 	uint64_t offer[2]; /* contributions that it reads; 0: none */
 	union {
 		struct fold_job fold;
+		struct finish_job finish;
 		struct apply_job apply;
 	};
 };
@@ -187,6 +198,7 @@ struct job_done {
 #define DATA_RING 1024u
 struct data {
 	struct store *store;
+	struct sum_pool *sums;
 	struct exact_sum *square_sum; /* [n_units]; the data thread's until the job is done */
 	struct k_profile profile;
 	unsigned threads;
@@ -208,8 +220,9 @@ struct data {
 	_Atomic uint64_t folds, fold_bytes, applies, apply_nanoseconds, busy_nanoseconds;
 };
 
-/* Bytes of the stream's workspace. */
+/* Bytes of the stream's workspace; of the rings. */
 size_t data_workspace_bytes(unsigned threads);
+uint64_t data_ring_bytes(void);
 /* Starts the thread, which opens its stream, fills in the parameters and answers JOB_START. */
 int data_start(struct data *d, struct err *e);
 /* Finishes the job at hand, drops the others. */
@@ -329,6 +342,7 @@ struct shard {
 	bool prepared, ready;
 	struct page_map map;
 	struct shard_plan plan;
+	uint32_t n_inboxes, n_inboxes_planned;
 	struct fab_region *parameters;
 	struct store store;
 	struct sum_pool sums;
@@ -415,5 +429,7 @@ void shard_end(struct shard *s, uint32_t exit_code, bool report, const char *fmt
 void service_release(struct shard *s);
 /* What was used against what was planned, into the log. */
 void service_log_memory(struct shard *s);
+/* An inbox is opened or closed: the plan has those of n_workers, and more than that is said. */
+void service_count_inboxes(struct shard *s, bool opened);
 
 #endif
