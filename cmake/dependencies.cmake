@@ -9,6 +9,12 @@ pkg_check_modules(JANSSON REQUIRED IMPORTED_TARGET jansson)
 pkg_check_modules(LIBEVENT REQUIRED IMPORTED_TARGET libevent libevent_pthreads)
 pkg_check_modules(CRYPTO REQUIRED IMPORTED_TARGET libcrypto)
 
+# The networks. One that is left out is not in the build: --fabric auto says so and takes another.
+option(SHARDMESH_OFI "the fabric provider ofi, with libfabric" ON)
+if(SHARDMESH_OFI)
+	pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
+endif()
+
 # Tests are built where cmocka is there (deploy/packages.sh test); the programs do not need it.
 pkg_check_modules(CMOCKA IMPORTED_TARGET cmocka)
 if(NOT CMOCKA_FOUND)

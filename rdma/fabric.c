@@ -24,7 +24,13 @@
 
 #define SPINS_PER_CLOCK 64
 
-static const struct fab_ops *const providers[] = { &fab_local_ops, &fab_local_copy_ops };
+static const struct fab_ops *const providers[] = {
+	&fab_local_ops,
+	&fab_local_copy_ops,
+#ifdef SHARDMESH_OFI
+	&fab_ofi_ops,
+#endif
+};
 
 const struct fab_ops *fab_provider(const char *name)
 {

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.." || exit 1
 bad=0
 while read -r header; do
 	if ! echo "#include \"$header\"" |
-		"${CC:-cc}" -std=gnu17 -D_GNU_SOURCE -I. -Wall -Wextra -Werror -Wno-unused-function -fsyntax-only -x c -; then
+		"${CC:-cc}" -std=gnu17 -D_GNU_SOURCE -iquote . -Wall -Wextra -Werror -Wno-unused-function -fsyntax-only -x c -; then
 		echo "$header does not compile alone"
 		bad=1
 	fi
