@@ -43,9 +43,9 @@ enum k_isa { K_ISA_PORTABLE, K_ISA_AVX2, K_ISA_AVX512 };
 struct k_profile {
 	enum k_library library;
 	enum k_isa isa;
-	unsigned grid;    /* version of the tile grid rules */
+	unsigned grid;    /* version of the tile grid's rules and of attention's */
 	char version[32]; /* the library's own version */
-	char text[128];   /* "cpu dnnl 2.6.3 avx512 grid1 fp32": the canonical form */
+	char text[128];   /* "cpu dnnl 2.6.3 avx512 grid2 fp32": the canonical form */
 };
 
 /*

@@ -48,7 +48,7 @@ static inline void *workspace_thread(const struct workspace *w, unsigned thread)
 
 struct scratch linear_scratch(void);
 struct scratch linear_backward_scratch(uint32_t n_mb, uint32_t rows, uint64_t weights);
-struct scratch attention_scratch(uint32_t q_len, uint32_t kv_len, bool backward);
+struct scratch attention_scratch(uint32_t q_len, uint32_t kv_len, uint32_t head_dim, bool backward);
 struct scratch rotary_backward_scratch(uint32_t n_mb, uint32_t head_dim);
 struct scratch embed_backward_scratch(uint32_t n_mb, uint64_t tokens, uint32_t vocab, uint32_t channels);
 struct scratch xent_scratch(uint32_t n_mb, uint64_t rows);
@@ -70,7 +70,8 @@ struct tile {
 	uint32_t row, rows, col, cols;
 };
 
-#define GRID_VERSION 1u
+/* Of the grid, and of the order of our own products' sums. */
+#define GRID_VERSION 2u
 
 /* Activations [rows][cols], summed over inner. */
 struct grid grid_activation(uint32_t rows, uint32_t cols, uint32_t inner);

@@ -62,7 +62,7 @@ static size_t cpu_workspace_bytes(const struct k_dims *d, unsigned threads)
 	const struct scratch need[] = {
 		linear_scratch(),
 		linear_backward_scratch(n_mb, (uint32_t)rows, largest_weight(d)),
-		attention_scratch(d->seq, d->seq, true),
+		attention_scratch(d->seq, d->seq, d->head_dim, true),
 		rotary_backward_scratch(n_mb, d->head_dim),
 		embed_backward_scratch(n_mb, rows, d->vocab, d->channels),
 		xent_scratch(n_mb, rows),

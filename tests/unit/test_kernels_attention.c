@@ -87,7 +87,7 @@ static void check_forward(const struct attn_case *c)
 {
 	const size_t samples = (size_t)c->n_mb * c->batch, nq = samples * c->q_len * c->heads * c->head_dim;
 	const size_t nk = samples * kv_rows(c) * c->kv_heads * c->head_dim, nl = samples * c->heads * c->q_len;
-	const struct k_dims dims = { .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len };
+	const struct k_dims dims = { .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len, .head_dim = c->head_dim };
 	float *q = test_random(nq, 1, 1.5), *k = test_random(nk, 2, 1.5), *v = test_random(nk, 3, 1.5);
 	float *out = test_floats(nq), *lse = test_floats(nl);
 	struct attn_data d = {
@@ -178,7 +178,7 @@ static void check_backward(const struct attn_case *c, const char *want_profile)
 	const size_t samples = (size_t)c->n_mb * c->batch, nq = samples * c->q_len * c->heads * c->head_dim;
 	const size_t nk = samples * c->kv_len * c->kv_heads * c->head_dim, nl = samples * c->heads * c->q_len;
 	const size_t qs = (size_t)c->heads * c->head_dim, ks = (size_t)c->kv_heads * c->head_dim, stride = qs + 2 * ks;
-	const struct k_dims dims = { .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len };
+	const struct k_dims dims = { .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len, .head_dim = c->head_dim };
 	float *q = test_random(nq, 1, 1.5), *k = test_random(nk, 2, 1.5), *v = test_random(nk, 3, 1.5);
 	float *qkv = test_floats(nq + 2 * nk), *dqkv = test_floats(nq + 2 * nk), *dout = test_random(nq, 4, 1.0);
 	float *out = test_floats(nq), *lse = test_floats(nl);

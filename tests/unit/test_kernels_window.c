@@ -103,7 +103,7 @@ static struct k_attention_backward attn_args(const struct attn *d)
 
 static struct k_dims attn_dims(const struct attn_case *c)
 {
-	return (struct k_dims){ .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len };
+	return (struct k_dims){ .n_mb = c->n_mb, .batch = c->batch, .seq = c->kv_len, .head_dim = c->head_dim };
 }
 
 /* One query row of one head. */

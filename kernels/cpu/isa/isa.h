@@ -55,17 +55,46 @@ struct turn {
 };
 
 /*
- * Softmax of a block of query rows; row r sees the first first_visible + r keys of its width, and of those only the
- * last `window` (0: all).
+ * Softmax of a block of query rows; row r sees the first first_visible + r keys, and of those only the last `window`
+ * (0: all). What it does not see before them, and ATTN_GROUP keys behind them, becomes +0; a row has space for 16 more
+ * than its last key, whose values do not matter.
  */
 struct attn_rows {
 	float *s; /* [rows][ld] scores, q k^T; becomes probabilities */
 	size_t ld;
-	uint32_t rows, width, first_visible, window;
+	uint32_t rows, first_visible, window;
 	float scale;
 	struct drop drop;
 	uint64_t drop_first; /* element of row 0, key 0 */
 	uint64_t drop_row;   /* elements from row to row */
+};
+
+/* What attn_mul leaves out of a staircase, where row i of a block of scores sees its first `edge` + i keys. */
+enum attn_trim {
+	ATTN_TRIM_COLS,  /* C is scores: columns that no row of a group sees keep what they hold */
+	ATTN_TRIM_INNER, /* A is scores: products behind what a group sees */
+	ATTN_TRIM_HEAD,  /* A is scores turned, its rows keys: products of rows before the first that sees a group */
+};
+
+/* Columns of a packed operand's panel, and rows that are trimmed together. */
+#define ATTN_PANEL 32u
+#define ATTN_GROUP 8u
+
+/*
+ * C = A B or, with add, C += A B. A(i, p) = a[i * a_row + p * a_step], one of these 1; B in panels of ATTN_PANEL
+ * columns, b_panel floats from one to the next, each [>= k][ATTN_PANEL]. A is read up to a whole ATTN_GROUP of rows, C
+ * is written up to a multiple of 16 columns; what stands there does not matter.
+ */
+struct attn_mul {
+	enum attn_trim trim;
+	uint32_t edge, m, n, k;
+	const float *a;
+	size_t a_row, a_step;
+	const float *b;
+	size_t b_panel;
+	float *c;
+	size_t ldc;
+	bool add;
 };
 
 /* struct k_adam's scalars, rounded to fp32 once. */
@@ -106,6 +135,11 @@ typedef void norm_back_row_fn(const struct k_norm_backward *a, uint64_t row);
 #define NORM_COLS 64u
 typedef void norm_back_cols_fn(const struct k_norm_backward *a, uint32_t mb, uint32_t first, uint32_t n, float *dgamma,
 			       float *dbeta);
+typedef void attn_mul_fn(const struct attn_mul *g);
+/* t in panels of its columns, panel_floats apart, zeros behind the last column. */
+typedef void attn_pack_fn(const struct rect *t, float *dst, size_t panel_floats);
+/* The transpose of t in panels of its columns: t's rows. Panels back to back, zeros behind the last row. */
+typedef void attn_pack_turned_fn(const struct rect *t, float *dst);
 /* s becomes exp(scale s - max), dropped where dropout says; sum and max of each row before dropout. */
 typedef void attn_softmax_fn(const struct attn_rows *a, float *sum, float *max);
 /* t[r] *= by[r] */
@@ -140,6 +174,9 @@ struct isa_ops {
 	norm_row_fn *norm_row;
 	norm_back_row_fn *norm_back_row;
 	norm_back_cols_fn *norm_back_cols;
+	attn_mul_fn *attn_mul;
+	attn_pack_fn *attn_pack;
+	attn_pack_turned_fn *attn_pack_turned;
 	attn_softmax_fn *attn_softmax;
 	scale_rows_fn *scale_rows;
 	dot_rows_fn *dot_rows;
@@ -177,6 +214,9 @@ rotary_row_fn ISA(rotary_row);
 norm_row_fn ISA(norm_row);
 norm_back_row_fn ISA(norm_back_row);
 norm_back_cols_fn ISA(norm_back_cols);
+attn_mul_fn ISA(attn_mul);
+attn_pack_fn ISA(attn_pack);
+attn_pack_turned_fn ISA(attn_pack_turned);
 attn_softmax_fn ISA(attn_softmax);
 scale_rows_fn ISA(scale_rows);
 dot_rows_fn ISA(dot_rows);

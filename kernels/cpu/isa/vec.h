@@ -77,6 +77,19 @@ static inline vf vf_select(vi mask, vf a, vf b)
 	return (vf)(((vi)a & mask) | ((vi)b & ~mask));
 }
 
+/* The first n lanes of a, the others of b. */
+static inline vf vf_first(uint32_t n, vf a, vf b)
+{
+#if VF == 16
+	const vi lane = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+#elif VF == 8
+	const vi lane = { 0, 1, 2, 3, 4, 5, 6, 7 };
+#else
+	const vi lane = { 0, 1, 2, 3 };
+#endif
+	return vf_select(lane < (int32_t)n, a, b);
+}
+
 /* a > b ? a : b, on every instruction set: b when one of them is not a number. */
 static inline vf vf_max(vf a, vf b)
 {
@@ -86,6 +99,18 @@ static inline vf vf_max(vf a, vf b)
 	return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
 	return vf_select(a > b, a, b);
+#endif
+}
+
+/* a < b ? a : b, likewise. */
+static inline vf vf_min(vf a, vf b)
+{
+#if VF == 16
+	return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VF == 8
+	return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+	return vf_select(a < b, a, b);
 #endif
 }
 
@@ -158,24 +183,53 @@ static inline void acc16_clear(struct acc16 *a, float s)
 		a->v[h] = vf_set(s);
 }
 
+/* The upper half of a vector's first n lanes, as the lower one. */
+static inline vf vf_upper(vf v, int n)
+{
+#if VF == 16
+	if (n == 16)
+		return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+	if (n == 8)
+		return __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+	if (n == 4)
+		return __builtin_shufflevector(v, v, 2, 3, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+	return __builtin_shufflevector(v, v, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif VF == 8
+	if (n == 8)
+		return __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
+	if (n == 4)
+		return __builtin_shufflevector(v, v, 2, 3, 2, 3, 4, 5, 6, 7);
+	return __builtin_shufflevector(v, v, 1, 1, 2, 3, 4, 5, 6, 7);
+#else
+	return n == 4 ? __builtin_shufflevector(v, v, 2, 3, 2, 3) : __builtin_shufflevector(v, v, 1, 1, 2, 3);
+#endif
+}
+
+/* Lane i and lane i + 8 first, then i and i + 4, and so on. */
 static inline float acc16_sum(const struct acc16 *a)
 {
-	float l[16];
-	memcpy(l, a->v, sizeof(l));
-	for (int w = 8; w > 0; w /= 2)
+	struct acc16 l = *a;
+
+	for (int w = VH / 2; w > 0; w /= 2)
 		for (int i = 0; i < w; i++)
-			l[i] += l[i + w];
-	return l[0];
+			l.v[i] += l.v[i + w];
+#pragma GCC unroll 4
+	for (int n = VF; n > 1; n /= 2)
+		l.v[0] += vf_upper(l.v[0], n);
+	return l.v[0][0];
 }
 
 static inline float acc16_max(const struct acc16 *a)
 {
-	float l[16];
-	memcpy(l, a->v, sizeof(l));
-	for (int w = 8; w > 0; w /= 2)
+	struct acc16 l = *a;
+
+	for (int w = VH / 2; w > 0; w /= 2)
 		for (int i = 0; i < w; i++)
-			l[i] = l[i] > l[i + w] ? l[i] : l[i + w];
-	return l[0];
+			l.v[i] = vf_max(l.v[i], l.v[i + w]);
+#pragma GCC unroll 4
+	for (int n = VF; n > 1; n /= 2)
+		l.v[0] = vf_max(l.v[0], vf_upper(l.v[0], n));
+	return l.v[0][0];
 }
 
 /* How many of the 16-block's elements fall into native vector h, when `left` elements are left. */
@@ -204,8 +258,8 @@ static inline vf vf_exp(vf x)
 {
 	const vf lowest = vf_set(-87.3f), highest = vf_set(88.0f), magic = vf_set(12582912.0f);
 	vi under = x < lowest;
-	vf c = vf_select(under, lowest, x);
-	c = vf_select(c > highest, highest, c);
+	/* What is not a number is the second operand of both, and so their result. */
+	vf c = vf_min(highest, vf_max(lowest, x));
 	vf t = c * vf_set(1.44269504088896341f) + magic;
 	vf n = t - magic;
 	vf r = c - n * vf_set(0.693359375f);
