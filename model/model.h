@@ -329,7 +329,13 @@ struct mem_plan {
 	uint64_t total;
 };
 void mem_plan_add(struct mem_plan *p, const char *name, uint64_t bytes, const char *note_fmt, ...) PRINTF_LIKE(4, 5);
+/* More for a line, or a line. */
+void mem_plan_grow(struct mem_plan *p, const char *name, uint64_t bytes);
 void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p);
+/* A line each, with the bytes, and the total; the same lines as in print. */
+void mem_plan_log(struct log *log, const struct mem_plan *p);
+/* At the end: what was planned, the private memory of this process, and the shared memory that is its own. */
+void mem_plan_log_used(struct log *log, const struct mem_plan *p, uint64_t own_shared);
 
 /*
  * Activation buffers of a span, in floats per micro-batch, each buffer rounded
@@ -394,20 +400,24 @@ struct worker_plan {
 	uint64_t workspace_bytes;
 	struct mem_plan mem;
 };
-/*
- * workspace(ctx, n_mb): the kernels' workspace for spans of n_mb (a callback,
- * since model does not know kernels). host_memory / host_workers: for the
- * automatic budget. mapped: units are read in place. -ENOMEM with the numbers
- * when not even a span of one micro-batch fits.
- */
+/* What a worker's plan depends on beside the job. */
+struct worker_place {
+	uint64_t memory;  /* of the host, or of the control group */
+	uint32_t workers; /* that share it */
+	bool mapped;      /* units are read in place */
+	uint64_t beside;  /* bytes that are taken already, or that the caller will add to the plan */
+	/* The kernels' workspace for spans of n_mb: a callback, since model does not know kernels. */
+	uint64_t (*workspace)(void *ctx, uint32_t n_mb);
+	void *ctx;
+};
+/* -ENOMEM with the numbers when not even a span of one micro-batch fits. */
 int worker_plan_make(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
-		     uint64_t host_memory, uint32_t host_workers, bool mapped,
-		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out,
-		     struct err *e);
+		     const struct worker_place *place, struct worker_plan *out, struct err *e);
 
 struct shard_plan {
 	uint64_t n_elements;     /* owned */
 	uint64_t pool_elements;  /* partial sums in memory, beside one accumulator a page */
+	uint32_t sums_each;      /* the pool has this many of each (unit, part): all that can be; 0: it has not */
 	uint64_t spill_elements; /* partial sums that may go to the spill file */
 	uint64_t inbox_elements; /* one worker's inbox: the largest share of a unit; 0 where mapped */
 	struct mem_plan mem;

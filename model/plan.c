@@ -14,6 +14,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define LINE_FLOATS (CACHE_LINE / sizeof(float))
@@ -39,6 +40,20 @@ void mem_plan_add(struct mem_plan *p, const char *name, uint64_t bytes, const ch
 	p->total += bytes;
 }
 
+void mem_plan_grow(struct mem_plan *p, const char *name, uint64_t bytes)
+{
+	uint32_t i = 0;
+
+	while (i < p->n_lines && strcmp(p->line[i].name, name))
+		i++;
+	if (i == p->n_lines) {
+		mem_plan_add(p, name, bytes, "since the start");
+		return;
+	}
+	p->line[i].bytes += bytes;
+	p->total += bytes;
+}
+
 void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p)
 {
 	char size[24];
@@ -47,6 +62,39 @@ void mem_plan_print(FILE *f, const char *who, const struct mem_plan *p)
 	for (uint32_t i = 0; i < p->n_lines; i++)
 		fprintf(f, "  %-24s %10s  %s\n", p->line[i].name, bytes_text(p->line[i].bytes, size), p->line[i].note);
 	fprintf(f, "  %-24s %10s\n", "total", bytes_text(p->total, size));
+}
+
+void mem_plan_log(struct log *log, const struct mem_plan *p)
+{
+	char size[24];
+
+	for (uint32_t i = 0; i < p->n_lines; i++)
+		log_info(log, "memory plan: %s: %llu bytes (%s), %s", p->line[i].name,
+			 (unsigned long long)p->line[i].bytes, bytes_text(p->line[i].bytes, size), p->line[i].note);
+	log_info(log, "memory plan: %llu bytes (%s) in all", (unsigned long long)p->total, bytes_text(p->total, size));
+}
+
+/* "RssAnon:" and the like of /proc/self/status, in bytes; 0 where there is none. */
+static uint64_t status_field(const char *text, const char *name)
+{
+	const char *at = strstr(text, name);
+
+	return at ? strtoull(at + strlen(name), NULL, 10) * 1024 : 0;
+}
+
+void mem_plan_log_used(struct log *log, const struct mem_plan *p, uint64_t own_shared)
+{
+	char text[5][24], *status;
+	uint64_t private;
+	size_t bytes;
+
+	if (file_read("/proc/self/status", 65536, &status, &bytes, NULL))
+		return;
+	private = status_field(status, "RssAnon:");
+	log_info(log, "memory: %s planned, %s used: %s private, %s shared of our own; most resident at once %s",
+		 bytes_text(p->total, text[0]), bytes_text(private + own_shared, text[1]), bytes_text(private, text[2]),
+		 bytes_text(own_shared, text[3]), bytes_text(status_field(status, "VmHWM:"), text[4]));
+	free(status);
 }
 
 /* ---------------------------------------------------------------- activations */
@@ -162,11 +210,15 @@ static uint64_t sample_bytes(const struct job_config *c, uint64_t rows, uint32_t
 
 struct worker_need {
 	const struct job_config *c;
+	const struct worker_place *place;
 	struct activation_sizes sizes;
 	uint64_t rows;
-	uint64_t (*workspace)(void *ctx, uint32_t n_mb);
-	void *ctx;
 };
+
+static uint64_t workspace_bytes(const struct worker_need *n, uint32_t span)
+{
+	return n->place->workspace(n->place->ctx, span);
+}
 
 static uint64_t blocks_bytes(const struct worker_need *n, uint32_t span, bool keep)
 {
@@ -196,7 +248,7 @@ static uint64_t activation_bytes(const struct worker_need *n, uint32_t span, boo
 /* Bytes that count against the budget: a budget the user gave is for activations alone. */
 static uint64_t counted_bytes(const struct worker_need *n, uint32_t span, bool keep)
 {
-	return activation_bytes(n, span, keep) + (n->c->activation_memory ? 0 : n->workspace(n->ctx, span));
+	return activation_bytes(n, span, keep) + (n->c->activation_memory ? 0 : workspace_bytes(n, span));
 }
 
 /* Micro-batches that the busiest of equal workers gets when spans are dealt in turn. */
@@ -309,19 +361,18 @@ static int choose_span(struct worker_plan *p, const struct worker_need *n, uint3
 }
 
 int worker_plan_make(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
-		     uint64_t host_memory, uint32_t host_workers, bool mapped,
-		     uint64_t (*workspace)(void *ctx, uint32_t n_mb), void *ctx, struct worker_plan *out, struct err *e)
+		     const struct worker_place *place, struct worker_plan *out, struct err *e)
 {
-	struct worker_need n = { .c = c, .workspace = workspace, .ctx = ctx };
+	struct worker_need n = { .c = c, .place = place };
 	struct worker_plan p = { .n_gradient_buffers = 2, .gradient_elements = t->largest_unit };
-	uint64_t total = host_memory / HOST_SHARE / (host_workers ? host_workers : 1);
+	uint64_t total = place->memory / HOST_SHARE / (place->workers ? place->workers : 1);
 	uint64_t fixed, budget, need;
 	char need_text[24], has_text[24];
 
 	activation_sizes_get(&c->model, b->micro_batch, c->data.sequence_length, &n.sizes);
 	n.rows = (uint64_t)b->micro_batch * c->data.sequence_length;
-	p.window_elements = mapped ? 0 : window_elements(c, t, total);
-	fixed = (p.window_elements + p.n_gradient_buffers * p.gradient_elements) * sizeof(float);
+	p.window_elements = place->mapped ? 0 : window_elements(c, t, total);
+	fixed = (p.window_elements + p.n_gradient_buffers * p.gradient_elements) * sizeof(float) + place->beside;
 	budget = c->activation_memory ? c->activation_memory : total > fixed ? total - fixed : 0;
 	if (choose_span(&p, &n, useful_span(b->n_micro, c->workers ? c->workers : 1), budget)) {
 		need = counted_bytes(&n, 1, c->activations == ACTIVATIONS_KEEP);
@@ -334,7 +385,7 @@ int worker_plan_make(const struct job_config *c, const struct unit_table *t, con
 			c->data.sequence_length, bytes_text(need, need_text),
 			c->activations == ACTIVATIONS_KEEP ? " with shardmesh.activations \"keep\"" : "");
 	}
-	p.workspace_bytes = workspace(ctx, p.max_span);
+	p.workspace_bytes = workspace_bytes(&n, p.max_span);
 	head_plan_get(&c->model, (uint32_t)n.rows, p.max_span, &p.head);
 	add_worker_lines(&p, &n, t);
 	*out = p;
@@ -385,15 +436,24 @@ static void count_owned(const struct unit_table *t, const struct page_map *map, 
 }
 
 /*
- * Partial sums beside the accumulators: a tree holds at most ceil(log2 M)
- * complete nodes left of its lowest missing leaf, and K more are let in on the
- * right; one of them all is in the accumulator. Only the nodes on the left have
- * to be taken whatever happens, so only they need a place outside the pool.
+ * Sums of a whole share that a tree of M leaves may hold beside its accumulator:
+ * at most ceil(log2 M) complete nodes left of its lowest missing leaf, and K
+ * more that are let in on the right. No two of them are siblings, those are one
+ * node at once; so there are no more than M / 2. Where contributions are pushed,
+ * one being written has its sum already, so that no two need be apart.
  */
-static int plan_sums(const struct job_config *c, const struct shard_need *n, uint32_t n_micro, uint32_t n_workers,
-		     struct shard_plan *p, struct err *e)
+static uint64_t sums_most(const struct job_config *c, uint32_t n_micro, bool mapped)
 {
-	uint64_t depth = log2_ceil(n_micro), all = n_micro > 1 ? (depth + c->max_held_nodes - 1) * n->accumulators : 0;
+	uint64_t nodes = log2_ceil(n_micro) + (uint64_t)c->max_held_nodes;
+
+	return min_u64(nodes, mapped ? (n_micro + 1) / 2 : n_micro) - 1;
+}
+
+/* Only the nodes on the left have to be taken whatever happens, so only they need a place outside the pool. */
+static int plan_sums(const struct job_config *c, const struct shard_need *n, uint32_t n_micro, uint32_t n_workers,
+		     bool mapped, struct shard_plan *p, struct err *e)
+{
+	uint64_t most = sums_most(c, n_micro, mapped), depth = log2_ceil(n_micro), all = most * n->accumulators;
 	uint64_t pool = POOL_SHARES * n->accumulators + (uint64_t)n_workers * n->largest_share;
 	char given[24], least[24];
 
@@ -405,6 +465,7 @@ static int plan_sums(const struct job_config *c, const struct shard_need *n, uin
 			       bytes_text(c->partial_sum_memory, given),
 			       bytes_text(n->largest_share * sizeof(float), least));
 	p->pool_elements = min_u64(pool, all);
+	p->sums_each = p->pool_elements == all ? (uint32_t)most : 0;
 	p->spill_elements = min_u64(all - p->pool_elements, depth * n->accumulators);
 	return 0;
 }
@@ -419,7 +480,7 @@ int shard_plan_make(const struct job_config *c, const struct unit_table *t, cons
 
 	count_owned(t, map, member, &n);
 	p.n_elements = n.owned;
-	rc = plan_sums(c, &n, n_micro, n_workers, &p, e);
+	rc = plan_sums(c, &n, n_micro, n_workers, mapped, &p, e);
 	if (rc)
 		return rc;
 	p.inbox_elements = mapped ? 0 : n.largest_share;

@@ -113,6 +113,7 @@ static int open_inbox(struct peer *p, struct fab_blob *out)
 
 	if (rc)
 		return peer_refuse(p, "no inbox for it: %s", e.text);
+	service_inbox_opened(s);
 	rc = s->fab_ops->export_region(p->ep, p->inbox, out);
 	return rc ? peer_refuse(p, "its inbox cannot be exported: %s", strerror(-rc)) : 0;
 }

@@ -15,12 +15,8 @@
 #include <errno.h>
 #include <event2/event.h>
 #include <inttypes.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* What a shard service without pages takes, measured: about 1 MiB, and some room for the allocator. */
-#define PROCESS_BYTES (2u << 20)
 
 void shard_end(struct shard *s, uint32_t exit_code, bool report, const char *fmt, ...)
 {
@@ -42,25 +38,6 @@ void shard_end(struct shard *s, uint32_t exit_code, bool report, const char *fmt
 }
 
 /* ----------------------------------------------------------------- welcome */
-
-static unsigned cores(void)
-{
-	cpu_set_t set;
-
-	return sched_getaffinity(0, sizeof(set), &set) ? 1 : (unsigned)CPU_COUNT(&set);
-}
-
-/* Given on the command line, in the config, or a fair part of the host. */
-static unsigned choose_threads(const struct shard *s, uint32_t host_members)
-{
-	uint32_t n = host_members ? host_members : 1;
-
-	if (s->threads_given)
-		return (unsigned)s->threads_given;
-	if (s->job.threads_per_shard)
-		return s->job.threads_per_shard;
-	return (cores() + n - 1) / n;
-}
 
 static int read_config(struct shard *s, const struct msg_welcome *w, struct err *e)
 {
@@ -93,7 +70,7 @@ static int on_welcome(void *ctx, const struct msg_welcome *w, struct err *e)
 	rc = k_profile_detect("portable", &s->data.profile, reason, e);
 	if (rc)
 		return rc;
-	s->data.threads = choose_threads(s, w->host_members);
+	s->data.threads = s->threads_given ? (unsigned)s->threads_given : shard_threads(&s->job, w->host_members);
 	s->data.seed = s->job.seed;
 	s->data.weights = s->job.weights;
 	log_info(&s->log, "member %u of job %s: state arithmetic on %u threads with %s (%s); the job's profile is %s",
@@ -123,26 +100,41 @@ static int map_pages(struct shard *s, uint32_t *shards, struct err *e)
 
 static int make_plan(struct shard *s, struct err *e)
 {
-	char who[32];
-	int rc = shard_plan_make(&s->job, &s->table, &s->map, s->self.member, s->batch.n_micro, s->n_workers,
-				 s->fab_ops->maps, &s->plan, e);
+	const struct shard_place place = { .n_workers = s->n_workers,
+					   .threads = s->data.threads,
+					   .mapped = s->fab_ops->maps };
+	int rc = shard_memory_plan(&s->job, &s->table, &s->map, s->self.member, s->batch.n_micro, &place, &s->plan, e);
 
 	if (rc)
 		return rc;
-	mem_plan_add(&s->plan.mem, "kernels' workspace", data_workspace_bytes(s->data.threads), "%u threads",
-		     s->data.threads);
-	mem_plan_add(&s->plan.mem, "rings and tables",
-		     DATA_RING * (sizeof(struct job) + sizeof(struct job_done)) +
-			     s->store.n_pieces * (sizeof(struct piece) + sizeof(struct track)) +
-			     s->table.n_units * (sizeof(struct store_unit) + sizeof(struct exact_sum)) +
-			     s->n_workers * (sizeof(struct peer) + s->store.n_pieces * (uint64_t)coverage_bytes(1)),
-		     "%u pieces, %u workers", s->store.n_pieces, s->n_workers);
-	mem_plan_add(&s->plan.mem, "the process itself", PROCESS_BYTES, "heap, stacks, private data of libraries");
-	snprintf(who, sizeof(who), "shard %u", s->self.member);
-	mem_plan_print(stderr, who, &s->plan.mem);
-	fflush(stderr);
+	s->n_inboxes_planned = s->n_workers;
+	mem_plan_log(&s->log, &s->plan.mem);
 	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
 	return 0;
+}
+
+static uint32_t count_inboxes(const struct shard *s)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < s->n_slots; i++)
+		n += s->peer[i] && s->peer[i]->inbox;
+	return n;
+}
+
+void service_inbox_opened(struct shard *s)
+{
+	uint64_t bytes = s->plan.inbox_elements * sizeof(float);
+	uint32_t n = count_inboxes(s);
+	char each[24], all[24];
+
+	if (n <= s->n_inboxes_planned)
+		return;
+	s->n_inboxes_planned = n;
+	mem_plan_grow(&s->plan.mem, "inboxes", bytes);
+	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
+	log_info(&s->log, "memory plan: one more inbox, %s: a worker joined beyond the %u asked for; %s in all",
+		 bytes_text(bytes, each), s->n_workers, bytes_text(s->plan.mem.total, all));
 }
 
 static uint32_t log2_ceil(uint32_t n)
@@ -152,6 +144,15 @@ static uint32_t log2_ceil(uint32_t n)
 	while (bits < 31 && 1u << bits < n)
 		bits++;
 	return bits;
+}
+
+/* Where the plan has room for all sums that there can be, each piece's has an extent of its own. */
+static void fit_sums(const struct shard *s, struct sum_config *c, uint64_t *sizes)
+{
+	for (uint32_t i = 0; i < s->store.n_pieces; i++)
+		for (uint32_t k = 0; k < s->plan.sums_each; k++)
+			sizes[c->n_fitted++] = s->store.piece[i].n;
+	c->fitted = sizes;
 }
 
 static int open_sums(struct shard *s, struct err *e)
@@ -165,8 +166,16 @@ static int open_sums(struct shard *s, struct err *e)
 		.limit_elements = 2 * a_piece * store_accumulator_elements(&s->store),
 		.spill_dir = s->run_dir ? s->run_dir : s->job.run_dir,
 	};
+	uint64_t *sizes = calloc(c.max + 1, sizeof(*sizes));
+	int rc;
 
-	return sums_init(&s->sums, &c, e);
+	if (!sizes)
+		return err_set(e, -ENOMEM, "no memory for a table of %u partial sums", c.max);
+	if (s->plan.sums_each)
+		fit_sums(s, &c, sizes);
+	rc = sums_init(&s->sums, &c, e);
+	free(sizes);
+	return rc;
 }
 
 static int allocate(struct shard *s, struct err *e)
@@ -228,6 +237,7 @@ static int prepare(struct shard *s, uint32_t *shards, struct err *e)
 	if (rc)
 		return rc;
 	s->data.store = &s->store;
+	s->data.sums = &s->sums;
 	s->data.wait = &s->waits[WAIT_OF_DATA];
 	rc = data_start(&s->data, e);
 	if (!rc)
@@ -294,31 +304,13 @@ const struct member_ops shard_member_ops = {
 
 /* --------------------------------------------------------------------- end */
 
-/* What "RssAnon:" and the like of /proc/self/status say, in bytes; 0 when it is not there. */
-static uint64_t status_field(const char *text, const char *name)
-{
-	const char *at = strstr(text, name);
-
-	return at ? strtoull(at + strlen(name), NULL, 10) * 1024 : 0;
-}
-
 void service_log_memory(struct shard *s)
 {
-	uint64_t own = atomic_load(&s->count.shard_bytes), anonymous;
-	char text[5][24], *status;
-	size_t bytes;
+	uint64_t own = atomic_load(&s->count.shard_bytes);
 
-	if (!s->prepared || file_read("/proc/self/status", 65536, &status, &bytes, NULL))
-		return;
-	for (uint32_t i = 0; i < s->n_slots; i++)
-		if (s->peer[i] && s->peer[i]->inbox)
-			own += s->plan.inbox_elements * sizeof(float);
-	anonymous = status_field(status, "RssAnon:");
-	log_info(&s->log, "memory: %s planned, %s used: %s private, %s shared of our own; most resident at once %s",
-		 bytes_text(s->plan.mem.total, text[0]), bytes_text(anonymous + own, text[1]),
-		 bytes_text(anonymous, text[2]), bytes_text(own, text[3]),
-		 bytes_text(status_field(status, "VmHWM:"), text[4]));
-	free(status);
+	if (s->prepared)
+		mem_plan_log_used(&s->log, &s->plan.mem,
+				  own + count_inboxes(s) * s->plan.inbox_elements * sizeof(float));
 }
 
 void service_release(struct shard *s)

@@ -342,7 +342,7 @@ struct shard {
 	bool prepared, ready;
 	struct page_map map;
 	struct shard_plan plan;
-	uint32_t n_inboxes, n_inboxes_planned;
+	uint32_t n_inboxes_planned;
 	struct fab_region *parameters;
 	struct store store;
 	struct sum_pool sums;
@@ -429,7 +429,7 @@ void shard_end(struct shard *s, uint32_t exit_code, bool report, const char *fmt
 void service_release(struct shard *s);
 /* What was used against what was planned, into the log. */
 void service_log_memory(struct shard *s);
-/* An inbox is opened or closed: the plan has those of n_workers, and more than that is said. */
-void service_count_inboxes(struct shard *s, bool opened);
+/* The plan has the inboxes of the workers asked for; more than that is said. */
+void service_inbox_opened(struct shard *s);
 
 #endif

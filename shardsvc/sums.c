@@ -2,7 +2,9 @@
 /*
  * Partial sums of the reduction trees.
  *
- * A sum is one extent, first fit, of planned memory; only a contribution that
+ * A sum is one extent, first fit, of planned memory. Where the plan holds every
+ * sum that there can be, the extents are of their sizes from the start, so that
+ * no gap between them can keep a sum out; otherwise only a contribution that
  * must be taken may go to the spill file instead, which is unlinked when it is
  * made, has its blocks from the start, and is mapped: the page cache holds what
  * it has room for. The plan counts elements, not the gaps between extents of
@@ -37,6 +39,20 @@ static int space_init(struct sum_space *s, uint32_t max, uint64_t elements)
 	return 0;
 }
 
+static void space_fit(struct sum_space *s, const struct sum_config *c)
+{
+	uint64_t at = 0;
+
+	assert(c->n_fitted <= c->max);
+	s->fitted = true;
+	s->n_free = c->n_fitted;
+	for (uint32_t i = 0; i < c->n_fitted; i++) {
+		s->free[i] = (struct sum_extent){ .at = at, .n = c->fitted[i] };
+		at += c->fitted[i];
+	}
+	assert(at == s->elements);
+}
+
 static void space_release(struct sum_space *s)
 {
 	if (s->base)
@@ -49,7 +65,7 @@ static bool space_take(struct sum_space *s, uint64_t n, uint64_t *at)
 	for (uint32_t i = 0; i < s->n_free; i++) {
 		struct sum_extent *f = &s->free[i];
 
-		if (f->n < n)
+		if (f->n < n || (s->fitted && f->n != n))
 			continue;
 		*at = f->at;
 		f->at += n;
@@ -72,8 +88,8 @@ static void space_give(struct sum_space *s, uint64_t at, uint64_t n)
 	f = &s->free[i];
 	assert(i == 0 || f[-1].at + f[-1].n <= at);
 	assert(i == s->n_free || at + n <= f->at);
-	joins_left = i > 0 && f[-1].at + f[-1].n == at;
-	joins_right = i < s->n_free && f->at == at + n;
+	joins_left = !s->fitted && i > 0 && f[-1].at + f[-1].n == at;
+	joins_right = !s->fitted && i < s->n_free && f->at == at + n;
 	if (joins_left) {
 		f[-1].n += n + (joins_right ? f->n : 0);
 		if (joins_right)
@@ -177,6 +193,8 @@ int sums_init(struct sum_pool *p, const struct sum_config *c, struct err *e)
 		rc = space_init(&p->spill, c->max, c->limit_elements);
 	if (rc)
 		err_set(e, rc, "no memory for a table of %u partial sums", c->max);
+	else if (c->fitted)
+		space_fit(&p->memory, c);
 	if (!rc)
 		rc = memory_map(&p->memory, e);
 	if (!rc)

@@ -6,8 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
-#include <unistd.h>
 
 /* ------------------------------------------------------------------ config */
 
@@ -33,68 +31,22 @@ static int read_profile(struct worker *w, const char *text, struct err *e)
 	return rc ? rc : k_profile_check(&w->profile, e);
 }
 
-static unsigned choose_threads(const struct worker *w, uint32_t host_members)
-{
-	long cores = sysconf(_SC_NPROCESSORS_ONLN);
-	unsigned members = host_members ? host_members : 1;
-
-	if (w->threads)
-		return w->threads;
-	if (w->config.threads_per_worker)
-		return w->config.threads_per_worker;
-	return cores > 0 ? ((unsigned)cores + members - 1) / members : 1;
-}
-
 /* ---------------------------------------------------------------- the plan */
-
-/* The host's memory, or what a control group leaves of it. */
-static uint64_t host_memory(void)
-{
-	uint64_t all = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-	char *text, *end;
-	size_t bytes;
-	uint64_t limit;
-
-	if (file_read("/sys/fs/cgroup/memory.max", 64, &text, &bytes, NULL))
-		return all;
-	limit = strtoull(text, &end, 10);
-	if (end != text && limit < all)
-		all = limit;
-	free(text);
-	return all;
-}
-
-static uint64_t workspace(void *ctx, uint32_t n_mb)
-{
-	const struct worker *w = ctx;
-	struct k_dims dims;
-
-	net_dims(&w->config.model, w->batch.micro_batch, w->config.data.sequence_length, n_mb, &dims);
-	return k_cpu_ops()->workspace_bytes(&dims, w->threads);
-}
-
-static void log_plan(struct worker *w)
-{
-	const struct mem_plan *p = &w->plan.mem;
-	char size[24];
-
-	for (uint32_t i = 0; i < p->n_lines; i++)
-		log_info(&w->log, "memory plan: %s %s, %s", p->line[i].name, bytes_text(p->line[i].bytes, size),
-			 p->line[i].note);
-	log_info(&w->log, "memory plan: %s in all", bytes_text(p->total, size));
-}
 
 static int make_plan(struct worker *w, uint32_t host_members, struct err *e)
 {
-	int rc = worker_plan_make(&w->config, &w->table, &w->batch, host_memory(), host_members, w->fabric->maps,
-				  workspace, w, &w->plan, e);
+	const struct worker_memory m = {
+		.n_shards = w->n_shards,
+		.host_workers = host_members,
+		.threads = w->threads,
+		.mapped = w->fabric->maps,
+		.index_bytes = data_memory(w->data),
+	};
+	int rc = worker_memory_plan(&w->config, &w->table, &w->batch, &m, &w->plan, e);
 
-	if (rc)
-		return rc;
-	if (!w->fabric->maps)
-		mem_plan_add(&w->plan.mem, "push staging", PUSH_STAGING_BYTES, "slices that the page map cuts");
-	log_plan(w);
-	return 0;
+	if (!rc)
+		mem_plan_log(&w->log, &w->plan.mem);
+	return rc;
 }
 
 /* ------------------------------------------------------------------ fabric */
@@ -151,10 +103,8 @@ static void add_fabric_metrics(struct worker *w)
 
 static int open_all(struct worker *w, struct err *e)
 {
-	int rc = data_open(&w->config.data, w->config.seed, w->config.model.vocab_size, &w->data, e);
+	int rc = open_fabric(w, e);
 
-	if (!rc)
-		rc = open_fabric(w, e);
 	if (!rc)
 		rc = compute_open(w, e);
 	if (!rc)
@@ -177,7 +127,12 @@ int prepare(struct worker *w, const struct msg_welcome *m, struct err *e)
 		rc = choose_fabric(w, e);
 	if (rc)
 		return rc;
-	w->threads = choose_threads(w, m->host_members);
+	/* Only the data tell what their index takes; everything else is planned before it is taken. */
+	rc = data_open(&w->config.data, w->config.seed, w->config.model.vocab_size, &w->data, e);
+	if (rc)
+		return rc;
+	if (!w->threads)
+		w->threads = worker_threads(&w->config, m->host_members);
 	log_info(&w->log, "math profile %s, %u compute threads", w->profile.text, w->threads);
 	rc = make_plan(w, m->host_members, e);
 	if (!rc)
@@ -206,16 +161,11 @@ void prepare_release(struct worker *w)
 
 void prepare_report(struct worker *w)
 {
-	uint64_t used = w->compute.activations.used + w->compute.workspace.used;
-	char planned[24], taken[24], resident[24];
-	struct rusage usage;
+	uint64_t own = w->push.n_buffers * w->push.elements * sizeof(float);
 
 	if (!w->attach.ready_sent)
 		return;
-	used += (w->push.n_buffers * w->push.elements + w->plan.window_elements) * sizeof(float);
-	used += w->push.staging ? PUSH_STAGING_BYTES : 0;
-	getrusage(RUSAGE_SELF, &usage);
-	log_info(&w->log, "memory: %s planned, %s used; at most %s were resident, mapped parameters included",
-		 bytes_text(w->plan.mem.total, planned), bytes_text(used, taken),
-		 bytes_text((uint64_t)usage.ru_maxrss * 1024, resident));
+	own += w->plan.window_elements * sizeof(float);
+	own += w->push.staging ? PUSH_STAGING_BYTES : 0;
+	mem_plan_log_used(&w->log, &w->plan.mem, own);
 }

@@ -6,6 +6,9 @@
 
 /* What one fabric operation moves at most. */
 #define SLICE_BYTES (512u << 10)
+/* Slices on their way that lie in no one piece. */
+#define PUSH_STAGING_SLOTS 8
+#define PUSH_STAGING_BYTES ((uint64_t)PUSH_STAGING_SLOTS * SLICE_BYTES)
 
 /*
  * Narrows a share to the pages of a part, part bounds rounded outward to whole

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * worker: what other programs may use of it: text generation from a finished
- * model. The rest of the folder is the program `worker`.
+ * model, and its memory plan, so that a job can be refused before anything is
+ * started. The rest of the folder is the program `worker`.
  */
 #ifndef SHARDMESH_WORKER_H
 #define SHARDMESH_WORKER_H
@@ -43,5 +44,24 @@ const float *generator_logits(const struct generator *g);
  * first feed.
  */
 int generator_next(struct generator *g, uint32_t *token, struct err *e);
+
+/* ------------------------------------------------------------------ memory */
+
+/* What a worker's plan depends on beside the job. */
+struct worker_memory {
+	uint32_t n_shards, host_workers; /* of the job; workers that share this host */
+	unsigned threads;
+	bool mapped;          /* units are read and gradients folded in place */
+	uint64_t index_bytes; /* data_memory: taken already, since only the data tell how much it is */
+};
+/* Threads of a worker that nobody gave a number, beside `host_members` on one host. */
+unsigned worker_threads(const struct job_config *c, uint32_t host_members);
+/*
+ * All that the program will take on this host: worker_plan_make's lines and its
+ * own. The program plans with this function and keeps to it. Errors as
+ * worker_plan_make.
+ */
+int worker_memory_plan(const struct job_config *c, const struct unit_table *t, const struct batch_plan *b,
+		       const struct worker_memory *m, struct worker_plan *out, struct err *e);
 
 #endif

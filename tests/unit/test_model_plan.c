@@ -89,12 +89,22 @@ static void test_head(void **state)
 		}
 }
 
+static int try_plan(struct fixture *f, uint64_t memory, uint32_t host_workers, bool mapped, struct worker_plan *out,
+		    struct err *e)
+{
+	const struct worker_place place = {
+		.memory = memory, .workers = host_workers, .mapped = mapped, .workspace = workspace, .ctx = &f->asked
+	};
+
+	return worker_plan_make(&f->c, &f->t, &f->b, &place, out, e);
+}
+
 static struct worker_plan plan(struct fixture *f, uint64_t memory, uint32_t host_workers, bool mapped)
 {
 	struct worker_plan p;
 	struct err e = { 0 };
 
-	if (worker_plan_make(&f->c, &f->t, &f->b, memory, host_workers, mapped, workspace, &f->asked, &p, &e))
+	if (try_plan(f, memory, host_workers, mapped, &p, &e))
 		fail_msg("%s", e.text);
 	return p;
 }
@@ -216,7 +226,7 @@ static void test_less_memory(void **state)
 	int rc = 0;
 
 	for (memory = 4 * GIB; memory > MIB; memory -= memory / 8) {
-		rc = worker_plan_make(&f->c, &f->t, &f->b, memory, 1, true, workspace, &f->asked, &p, &e);
+		rc = try_plan(f, memory, 1, true, &p, &e);
 		if (rc)
 			break;
 		assert_true(p.mem.total <= memory / 2);
@@ -242,8 +252,7 @@ static void test_modes(void **state)
 	assert_false(p.keep_activations);
 	f->c.activations = ACTIVATIONS_KEEP;
 	f->c.activation_memory = 20 * MIB;
-	assert_int_equal(worker_plan_make(&f->c, &f->t, &f->b, 64 * GIB, 1, true, workspace, &f->asked, &p, &e),
-			 -ENOMEM);
+	assert_int_equal(try_plan(f, 64 * GIB, 1, true, &p, &e), -ENOMEM);
 	assert_non_null(strstr(e.text, "20.0 MiB"));
 	assert_non_null(strstr(e.text, "shardmesh.activation_memory"));
 	assert_non_null(strstr(e.text, "\"keep\""));

@@ -282,6 +282,7 @@ static void open_world(struct world **out, const struct options *o)
 	assert_int_equal(sums_init(&s->sums, &sums, NULL), 0);
 	assert_int_equal(reduce_init(s), 0);
 	s->data.store = &s->store;
+	s->data.sums = &s->sums;
 	s->data.wait = &s->waits[WAIT_OF_DATA];
 	s->data.threads = 2;
 	assert_int_equal(k_profile_detect("portable", &s->data.profile, reason, NULL), 0);
