@@ -293,8 +293,7 @@ bool ofi_conn_step(struct fab_ep *ep, uint64_t now)
 		on_side(ep, &m, now);
 	step_state(ep, now);
 	step_time(ep, now);
-	/* A word that libfabric has no room for while it connects is offered again and again. */
-	return heard || ep->state != before || (ep->state == OFI_PAIRED && ep->connects);
+	return heard || ep->state != before;
 }
 
 /* ----------------------------------------------------------- user's thread */

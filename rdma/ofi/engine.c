@@ -18,7 +18,8 @@
  * libfabric's half is fi_trywait, which says no while something is there. A
  * provider without descriptors is asked every POLL_NS. TICK_MS bounds every
  * sleep while there are connections: it is how timers and words of a peer are
- * seen that woke nobody.
+ * seen that woke nobody; it is shorter while one is being made, for which some
+ * providers have no descriptor.
  */
 #include "rdma/ofi/ofi.h"
 
@@ -32,6 +33,7 @@
 
 #define IDLE_TURNS 16
 #define TICK_MS 50
+#define CONNECTING_TICK_MS 1
 #define POLL_NS 20000
 
 void ofi_engine_wake(struct fab *f)
@@ -164,11 +166,27 @@ static bool may_sleep(struct fab *f)
 	return true;
 }
 
+/* -1: until something happens. */
+static int tick_ms(const struct fab *f)
+{
+	const struct fab_ep *ep;
+	int ms = -1;
+
+	TAILQ_FOREACH(ep, &f->engaged, turn_link)
+	{
+		if (ep->state != OFI_UP && ep->state != OFI_OVER)
+			return CONNECTING_TICK_MS;
+		if (ep->state != OFI_OVER)
+			ms = TICK_MS;
+	}
+	return ms;
+}
+
 static void sleep_a_while(struct fab *f)
 {
 	const struct timespec nap = { .tv_nsec = POLL_NS };
 	struct epoll_event ev[16];
-	int ms = TAILQ_EMPTY(&f->engaged) ? -1 : TICK_MS;
+	int ms = tick_ms(f);
 
 	if (!fall_asleep(f))
 		return;

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <rdma/fi_errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -26,6 +27,17 @@ int ofi_random(void *out, size_t bytes)
 }
 
 /* -------------------------------------------------------------------- finding */
+
+/*
+ * ofi_rxm keeps buffers for messages on every endpoint, 80 MB of them unless
+ * told otherwise, and it can be told by the environment alone. We send none.
+ * What an operator has set stands.
+ */
+static void keep_small(void)
+{
+	(void)setenv("FI_OFI_RXM_BUFFER_SIZE", "1024", 0);
+	(void)setenv("FI_OFI_RXM_MSG_RX_SIZE", "64", 0);
+}
 
 /* Modes are what we can do for a provider; it takes of them what it wants. */
 static struct fi_info *hints_for(const char *provider)
@@ -54,6 +66,7 @@ static int find_with(const char *provider, const char *node, struct fi_info **ou
 
 	if (!h)
 		return -ENOMEM;
+	keep_small();
 	ret = edge_getinfo(node, node ? FI_SOURCE | FI_NUMERICHOST : 0, h, out);
 	fi_freeinfo(h);
 	return ret;
