@@ -27,6 +27,9 @@
 static const struct fab_ops *const providers[] = {
 	&fab_local_ops,
 	&fab_local_copy_ops,
+#ifdef SHARDMESH_VERBS
+	&fab_verbs_ops,
+#endif
 #ifdef SHARDMESH_OFI
 	&fab_ofi_ops,
 #endif

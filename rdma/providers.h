@@ -5,6 +5,6 @@
 
 #include "rdma/fabric.h"
 
-extern const struct fab_ops fab_local_ops, fab_local_copy_ops, fab_ofi_ops;
+extern const struct fab_ops fab_local_ops, fab_local_copy_ops, fab_ofi_ops, fab_verbs_ops;
 
 #endif
