@@ -14,6 +14,10 @@ option(SHARDMESH_OFI "the fabric provider ofi, with libfabric" ON)
 if(SHARDMESH_OFI)
 	pkg_check_modules(LIBFABRIC REQUIRED IMPORTED_TARGET libfabric)
 endif()
+option(SHARDMESH_VERBS "the fabric provider verbs, with libibverbs and librdmacm" ON)
+if(SHARDMESH_VERBS)
+	pkg_check_modules(VERBS REQUIRED IMPORTED_TARGET libibverbs librdmacm)
+endif()
 
 # Tests are built where cmocka is there (deploy/packages.sh test); the programs do not need it.
 pkg_check_modules(CMOCKA IMPORTED_TARGET cmocka)
