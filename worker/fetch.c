@@ -289,6 +289,18 @@ static bool all_there(const struct fetch *f, const struct use *u)
 	return true;
 }
 
+/* What a user bounded by stage3_max_live_parameters. */
+static void note_live(struct fetch *f)
+{
+	uint64_t live = 0;
+
+	for (uint32_t i = 0; i < f->cfg.n_units; i++)
+		live += f->unit[i].state != FETCH_ABSENT ? f->cfg.unit_elements[i] : 0;
+	assert(live <= f->cfg.window);
+	if (live > atomic_load_explicit(&f->live_max, memory_order_relaxed))
+		atomic_store_explicit(&f->live_max, live, memory_order_relaxed);
+}
+
 /* Starts the next read. False: nothing can be started now. */
 static bool start(struct fetch *f, struct fetch_action *out)
 {
@@ -306,6 +318,7 @@ static bool start(struct fetch *f, struct fetch_action *out)
 			if (!place(f, u->unit[i], &at))
 				return false;
 			*x = (struct fetch_unit){ .state = FETCH_READING, .offset = at, .for_use = f->started };
+			note_live(f);
 			*out = (struct fetch_action){ .type = FETCH_READ, .unit = u->unit[i], .offset = at };
 			return true;
 		}

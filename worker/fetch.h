@@ -38,6 +38,7 @@ struct fetch {
 	int status;       /* of the first unit that failed since fetch_plan */
 	uint32_t failed_unit;
 	bool failure_told;
+	_Atomic uint64_t live_max; /* elements in the window at once, read and being read; for the metrics */
 };
 
 enum fetch_action_type {

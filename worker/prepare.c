@@ -167,5 +167,9 @@ void prepare_report(struct worker *w)
 		return;
 	own += w->plan.window_elements * sizeof(float);
 	own += w->push.staging ? PUSH_STAGING_BYTES : 0;
+	if (w->plan.window_elements)
+		log_info(&w->log, "live window: at most %llu parameters at once, of %llu allowed",
+			 (unsigned long long)atomic_load(&w->copier.fetch.live_max),
+			 (unsigned long long)w->plan.window_elements);
 	mem_plan_log_used(&w->log, &w->plan.mem, own);
 }

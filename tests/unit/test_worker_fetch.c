@@ -83,13 +83,14 @@ static void sim_open(struct sim *s, uint64_t seed)
 
 static void check_window(const struct sim *s)
 {
-	uint64_t ahead = 0;
+	uint64_t ahead = 0, live = 0;
 
 	for (uint32_t i = 0; i < s->n_units; i++) {
 		const struct fetch_unit *a = &s->f.unit[i];
 
 		if (a->state == FETCH_ABSENT)
 			continue;
+		live += s->elements[i];
 		assert_true(a->offset + s->elements[i] <= s->f.cfg.window);
 		if (!a->doomed && a->for_use > s->f.pos)
 			ahead += s->elements[i];
@@ -101,6 +102,7 @@ static void check_window(const struct sim *s)
 		}
 	}
 	assert_true(ahead <= s->f.cfg.prefetch);
+	assert_in_range(s->f.live_max, live, s->f.cfg.window);
 }
 
 /* Everything announced and not computed is there, of the right version. */
