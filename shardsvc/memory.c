@@ -9,7 +9,7 @@
  * A shard service without pages, measured: libraries' private data, the heap
  * that connections come from, stacks.
  */
-#define PROCESS_BYTES (4u << 20)
+#define PROCESS_BYTES (2u << 20)
 #define PAGE 4096u
 
 static unsigned cores(void)

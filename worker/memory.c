@@ -14,7 +14,7 @@
  * generated code (which grows with the shapes it meets), the heap that
  * connections come from, stacks.
  */
-#define PROCESS_BYTES (10u << 20)
+#define PROCESS_BYTES (8u << 20)
 #define PAGE 4096u
 
 unsigned worker_threads(const struct job_config *c, uint32_t host_members)
