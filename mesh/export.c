@@ -54,7 +54,7 @@ static int path_in(char out[PATH_MAX], const char *dir, const char *name)
 
 static void remove_tmp(const char *tmp)
 {
-	static const char *const files[] = { "config.json", "model.safetensors" };
+	static const char *const files[] = { "config.json", "model.safetensors", "tokenizer.json" };
 	char path[PATH_MAX];
 
 	for (size_t i = 0; i < ARRAY_LEN(files); i++)
@@ -101,6 +101,27 @@ static int write_config(const struct export *x, struct err *e)
 	return rc;
 }
 
+/* The tokenizer that made the tokens goes with the model, as Hugging Face's directories have it. */
+static int copy_tokenizer(const struct export *x, struct err *e)
+{
+	char to[PATH_MAX], *from, *text;
+	size_t bytes;
+	int rc = path_in(to, x->tmp, "tokenizer.json");
+
+	if (rc < 0)
+		return err_set(e, rc, "%s: %s", x->tmp, strerror(-rc));
+	rc = tokenizer_path(x->cfg.job->data.tokenizer, &from, e);
+	if (rc < 0)
+		return rc;
+	rc = file_read(from, TOKENIZER_BYTES_MAX, &text, &bytes, e);
+	free(from);
+	if (rc < 0)
+		return rc;
+	rc = file_write_atomic(to, text, bytes, 0644, e);
+	free(text);
+	return rc;
+}
+
 static int write_header(struct export *x, struct err *e)
 {
 	char path[PATH_MAX], *header;
@@ -131,6 +152,8 @@ static int open_folder(struct export *x, struct err *e)
 	if (mkdir(x->tmp, 0777) < 0)
 		return err_set(e, -errno, "%s: %s", x->tmp, strerror(errno));
 	rc = write_config(x, e);
+	if (rc == 0 && x->cfg.job->data.tokenizer)
+		rc = copy_tokenizer(x, e);
 	return rc < 0 ? rc : write_header(x, e);
 }
 

@@ -14,7 +14,13 @@ struct generate_flags {
 	double temperature;
 };
 
-/* What the run's data were: bytes can be shown as text, other tokens only as numbers. */
+/* How text and tokens go into each other: bytes, or a tokenizer, or not at all, and then both are numbers. */
+struct words {
+	bool bytes;
+	struct tokenizer *tokenizer;
+};
+
+/* What the run's data were. */
 static bool tokens_are_bytes(const struct model_config *m)
 {
 	json_error_t je;
@@ -26,68 +32,119 @@ static bool tokens_are_bytes(const struct model_config *m)
 	return bytes;
 }
 
-/* The prompt as tokens: its bytes, or numbers separated by blanks or commas. malloced. */
-static int prompt_tokens(const char *prompt, bool bytes, uint32_t **out, size_t *n, struct err *e)
+/* A Hugging Face directory of somebody else's has a tokenizer too. */
+static int open_words(struct words *w, const char *dir, const struct model_config *m, struct err *e)
 {
-	size_t max = strlen(prompt), count = 0;
-	uint32_t *t = malloc((max + 1) * sizeof(*t));
+	char path[4096];
+
+	*w = (struct words){ .bytes = tokens_are_bytes(m) };
+	snprintf(path, sizeof(path), "%s/tokenizer.json", dir);
+	if (w->bytes || access(path, F_OK))
+		return 0;
+	return tokenizer_open(path, &w->tokenizer, e);
+}
+
+/* Numbers separated by blanks or commas; t has room for as many as the prompt has characters. */
+static int prompt_numbers(const char *prompt, uint32_t *t, size_t *n, struct err *e)
+{
 	char *end;
 
-	if (!t)
-		return err_set(e, -ENOMEM, "no memory for the prompt");
-	for (const char *p = prompt; *p;) {
-		if (bytes) {
-			t[count++] = (uint8_t)*p++;
-			continue;
-		}
-		t[count++] = (uint32_t)strtoul(p, &end, 10);
-		if (end == p || !strchr(" ,", *end)) {
-			free(t);
+	for (const char *p = prompt; *p; p = end + strspn(end, " ,")) {
+		t[(*n)++] = (uint32_t)strtoul(p, &end, 10);
+		if (end == p || !strchr(" ,", *end))
 			return err_set(
 				e, -EINVAL,
 				"--prompt '%s': this model's tokens are numbers, not bytes: give them as \"464 2068\"",
 				prompt);
-		}
-		p = end + strspn(end, " ,");
 	}
-	if (!count) {
-		free(t);
-		return err_set(e, -EINVAL, "--prompt is empty: give the model something to continue");
-	}
-	*out = t;
-	*n = count;
 	return 0;
 }
 
-static void print_token(uint32_t token, bool bytes)
+/* What the template puts before a text, and the text. */
+static int prompt_text(const char *prompt, struct tokenizer *t, struct token_list *out, struct err *e)
 {
-	if (bytes)
-		putchar((int)token);
-	else
-		printf("%u ", token);
+	size_t n, room = strlen(prompt) + 1;
+	const uint32_t *prefix = tokenizer_prefix(t, &n);
+
+	out->id = malloc((n + room) * sizeof(*out->id));
+	if (!out->id)
+		return err_set(e, -ENOMEM, "no memory for the prompt");
+	out->room = n + room;
+	memcpy(out->id, prefix, n * sizeof(*prefix));
+	out->n = n;
+	return tokenizer_encode(t, prompt, strlen(prompt), out, e) ? err_prefix(e, "--prompt") : 0;
 }
 
-static int generate(struct generator *g, const struct generate_flags *f, struct err *e)
+/* The prompt as tokens; the caller releases them, also on failure. */
+static int prompt_tokens(const char *prompt, const struct words *w, struct token_list *out, struct err *e)
 {
-	bool bytes = tokens_are_bytes(generator_model(g));
-	uint32_t *prompt, token;
-	size_t n;
-	int rc = prompt_tokens(f->prompt, bytes, &prompt, &n, e);
+	int rc = 0;
 
+	if (w->tokenizer) {
+		rc = prompt_text(prompt, w->tokenizer, out, e);
+	} else {
+		out->room = strlen(prompt) + 1;
+		out->id = malloc(out->room * sizeof(*out->id));
+		if (!out->id)
+			return err_set(e, -ENOMEM, "no memory for the prompt");
+		for (const char *p = prompt; w->bytes && *p; p++)
+			out->id[out->n++] = (uint8_t)*p;
+		if (!w->bytes)
+			rc = prompt_numbers(prompt, out->id, &out->n, e);
+	}
+	if (!rc && !out->n)
+		rc = err_set(e, -EINVAL, "--prompt is empty: give the model something to continue");
+	return rc;
+}
+
+static void print_token(uint32_t token, const struct words *w)
+{
+	const uint8_t *text;
+	size_t n;
+
+	if (w->tokenizer) {
+		text = tokenizer_bytes(w->tokenizer, token, &n);
+		fwrite(text ? (const char *)text : "", 1, n, stdout);
+	} else if (w->bytes) {
+		putchar((int)token);
+	} else {
+		printf("%u ", token);
+	}
+}
+
+static int write_text(struct generator *g, const struct generate_flags *f, const struct words *w, struct err *e)
+{
+	struct token_list prompt = { 0 };
+	uint32_t token;
+	int rc = prompt_tokens(f->prompt, w, &prompt, e);
+
+	if (!rc)
+		rc = generator_feed(g, prompt.id, prompt.n, e);
+	for (size_t i = 0; i < prompt.n && !rc; i++)
+		print_token(prompt.id[i], w);
+	token_list_release(&prompt);
 	if (rc)
 		return rc;
-	rc = generator_feed(g, prompt, n, e);
-	for (size_t i = 0; i < n && !rc; i++)
-		print_token(prompt[i], bytes);
-	free(prompt);
 	for (uint64_t i = 0; i < f->tokens && !rc; i++) {
 		rc = generator_next(g, &token, e);
 		if (!rc)
-			print_token(token, bytes);
+			print_token(token, w);
 		if (isatty(STDOUT_FILENO))
 			fflush(stdout);
 	}
 	printf("\n");
+	return rc;
+}
+
+static int generate(struct generator *g, const struct generate_flags *f, struct err *e)
+{
+	struct words w;
+	int rc = open_words(&w, f->model, generator_model(g), e);
+
+	if (rc)
+		return rc;
+	rc = write_text(g, f, &w, e);
+	tokenizer_free(w.tokenizer);
 	return rc;
 }
 

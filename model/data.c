@@ -50,10 +50,18 @@ struct data_set {
 	uint64_t seed, fingerprint;
 };
 
+bool data_source_is_text(const struct data_config *c, const struct data_source *s)
+{
+	return s->format == DATA_TEXT || (s->format == DATA_JSONL && c->tokenizer);
+}
+
 const char *data_token_kind(const struct data_config *c)
 {
-	static const char *const names[] = { "bytes", "llmc", "nanogpt", "bytes" };
+	static const char *const names[] = { "bytes", "llmc", "nanogpt", "bytes", "tokenizer" };
 
+	for (uint32_t i = 0; i < c->n_train; i++)
+		if (data_source_is_text(c, &c->train[i]))
+			return "tokenizer";
 	return names[c->n_train ? c->train[0].format : c->format];
 }
 
@@ -79,17 +87,23 @@ static void source_close(struct source *s)
 }
 
 static int sources_open(struct source *s, uint32_t *n_open, const struct data_source *c, uint32_t n, uint32_t length,
-			uint32_t vocab, struct err *e)
+			const struct data_text *x, struct err *e)
 {
 	int rc = 0;
 
 	for (uint32_t i = 0; i < n && !rc; i++) {
 		s[i] = (struct source){ .config = &c[i], .is_packed = c[i].format == DATA_JSONL };
 		++*n_open;
-		rc = s[i].is_packed ? packed_open(&s[i].packed, &c[i], length, vocab, e)
-				    : stream_open(&s[i].stream, &c[i], vocab, e);
+		rc = s[i].is_packed ? packed_open(&s[i].packed, &c[i], length, x, e)
+				    : stream_open(&s[i].stream, &c[i], x, e);
 	}
 	return rc;
+}
+
+/* Ids that were made are hashed whole: members may have other tokenizers, or libraries that know another Unicode. */
+static uint64_t made_hash(const struct token_list *l, uint64_t h)
+{
+	return l->n ? hash64(l->id, l->n * sizeof(*l->id), h) : h;
 }
 
 static uint64_t source_hash(const struct source *s, uint64_t h)
@@ -97,10 +111,10 @@ static uint64_t source_hash(const struct source *s, uint64_t h)
 	if (s->is_packed) {
 		for (uint32_t i = 0; i < s->packed.n_files; i++)
 			h = data_file_hash(&s->packed.file[i], h);
-		return h;
+		return made_hash(&s->packed.made, h);
 	}
 	for (uint32_t i = 0; i < s->stream.n_segments; i++)
-		h = data_file_hash(&s->stream.segment[i].file, h);
+		h = made_hash(&s->stream.segment[i].made, data_file_hash(&s->stream.segment[i].file, h));
 	return h;
 }
 
@@ -206,7 +220,7 @@ static int set_slots(struct data_set *d, struct err *e)
 
 /* ----------------------------------------------------------------------- open */
 
-static int open_all(struct data_set *d, const struct data_config *c, uint32_t vocab, struct err *e)
+static int open_sources(struct data_set *d, const struct data_config *c, const struct data_text *x, struct err *e)
 {
 	int rc;
 
@@ -215,10 +229,21 @@ static int open_all(struct data_set *d, const struct data_config *c, uint32_t vo
 	d->range = calloc(2 * (size_t)c->n_train + c->n_validation, sizeof(*d->range));
 	if (!d->train || !d->validation || !d->range)
 		return err_set(e, -ENOMEM, "data: out of memory");
-	rc = sources_open(d->train, &d->n_train, c->train, c->n_train, c->sequence_length, vocab, e);
+	rc = sources_open(d->train, &d->n_train, c->train, c->n_train, c->sequence_length, x, e);
 	if (!rc)
 		rc = sources_open(d->validation, &d->n_validation, c->validation, c->n_validation, c->sequence_length,
-				  vocab, e);
+				  x, e);
+	return rc;
+}
+
+static int open_all(struct data_set *d, const struct data_config *c, uint32_t vocab, struct err *e)
+{
+	struct data_text x = { .vocab = vocab };
+	int rc = data_text_open(&x, c, e);
+
+	if (!rc)
+		rc = open_sources(d, c, &x, e);
+	tokenizer_free(x.tokenizer);
 	if (!rc)
 		rc = set_parts(d, c->n_validation ? 0 : c->validation_fraction, e);
 	return rc ? rc : set_slots(d, e);
@@ -295,7 +320,10 @@ uint64_t data_memory(const struct data_set *d)
 
 		if (s->is_packed)
 			bytes += s->packed.n_pieces * sizeof(*s->packed.piece) +
-				 ((uint64_t)s->packed.windows + 1) * sizeof(*s->packed.first_piece);
+				 ((uint64_t)s->packed.windows + 1) * sizeof(*s->packed.first_piece) +
+				 s->packed.made.room * sizeof(*s->packed.made.id);
+		for (uint32_t k = 0; k < s->stream.n_segments; k++)
+			bytes += s->stream.segment[k].made.room * sizeof(*s->stream.segment[k].made.id);
 	}
 	return bytes;
 }

@@ -2,7 +2,7 @@
 /*
  * Documents of JSONL files, packed into windows. A document is its text, or its
  * prompt and its completion, as UTF-8 bytes, each a token, and an end token
- * behind them. A window has sequence_length inputs; documents lie in it side by
+ * behind them; or what a tokenizer makes of them. A window has sequence_length inputs; documents lie in it side by
  * side and do not see each other, and what is left over is no input.
  *
  * A document is cut only when it is longer than a window: into full windows and
@@ -13,11 +13,12 @@
  * windows follow from the files and sequence_length alone.
  *
  * Opening reads every line once and keeps one entry a run; the step path decodes
- * from the mapped file again. A file that somebody shortens while it is mapped
+ * bytes from the mapped file again, and ids are made once and kept. A file that somebody shortens while it is mapped
  * ends the process with SIGBUS: data is not to be written to during a job.
  */
 #include "model/data_source.h"
 #include "model/jsonl.h"
+#include "model/tokenizer.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -37,6 +38,9 @@ struct build {
 	uint64_t room; /* pieces allocated */
 	struct bin open[OPEN_MAX_WINDOWS];
 	uint32_t n_open;
+	const struct data_text *text;
+	uint8_t *decoded; /* a string without its escapes */
+	uint64_t decoded_room;
 	struct err *e;
 };
 
@@ -179,6 +183,82 @@ static int add_document(struct build *b, const struct jsonl_line *l)
 	return rc;
 }
 
+/* The ids of a string, behind those that are made. */
+static int make_tokens(struct build *b, const struct jsonl_string *s)
+{
+	const uint8_t *p = s->raw;
+	uint64_t n = 0;
+	uint8_t c[4];
+	unsigned k;
+
+	if (s->bytes > b->decoded_room) {
+		uint8_t *more = realloc(b->decoded, 2 * s->bytes);
+
+		if (!more)
+			return err_set(b->e, -ENOMEM, "out of memory for a document");
+		b->decoded = more;
+		b->decoded_room = 2 * s->bytes;
+	}
+	for (; (k = jsonl_next(&p, c)); n += k)
+		memcpy(b->decoded + n, c, k);
+	assert(n == s->bytes);
+	return data_encode(b->text, b->decoded, n, &b->p->made, b->e);
+}
+
+static int put_tokens(struct build *b, const uint32_t *id, size_t n)
+{
+	struct token_list *made = &b->p->made;
+
+	if (!n)
+		return 0;
+	if (token_list_grow(made, n))
+		return err_set(b->e, -ENOMEM, "out of memory for a document");
+	memcpy(made->id + made->n, id, n * sizeof(*id));
+	made->n += n;
+	return 0;
+}
+
+/* Makes a document's tokens; *n_prompt of them are the prompt with what the template puts before it. */
+static int make_document(struct build *b, const struct jsonl_line *l, uint64_t *n_prompt)
+{
+	struct token_list *made = &b->p->made;
+	uint64_t begin = made->n;
+	const uint32_t *prefix;
+	size_t n;
+	int rc;
+
+	prefix = tokenizer_prefix(b->text->tokenizer, &n);
+	rc = put_tokens(b, prefix, n);
+	if (!rc && l->pair)
+		rc = make_tokens(b, &l->prompt);
+	*n_prompt = l->pair ? made->n - begin : 0;
+	if (!rc)
+		rc = make_tokens(b, &l->text);
+	return rc ? rc : put_tokens(b, b->text->closing, b->text->n_closing);
+}
+
+static int add_made_document(struct build *b, const struct jsonl_line *l)
+{
+	uint64_t first = b->p->made.n, prompt, inputs;
+	int rc = make_document(b, l, &prompt);
+
+	if (rc)
+		return rc;
+	inputs = b->p->made.n - first - 1;
+	for (uint64_t begin = 0, n; begin < inputs && !rc; begin += n) {
+		uint64_t left = prompt > begin ? prompt - begin : 0;
+		struct piece x = { .raw = first + begin, .file = b->p->n_files - 1 };
+
+		n = inputs - begin < b->p->sequence_length ? inputs - begin : b->p->sequence_length;
+		x.n = (uint32_t)n;
+		x.n_prompt = (uint32_t)(left < n ? left : n);
+		/* The last input's target is token n: where that is prompt too, nothing is learnt here. */
+		if (left <= n)
+			rc = add_piece(b, &x);
+	}
+	return rc;
+}
+
 static int read_lines(struct build *b, const struct data_file *f)
 {
 	const uint8_t *p = f->map, *end = f->map + f->bytes;
@@ -195,7 +275,9 @@ static int read_lines(struct build *b, const struct data_file *f)
 
 		if (rc < 0)
 			return err_set(b->e, rc, "%s:%llu: %s", f->path, (unsigned long long)number, why);
-		if (!rc)
+		if (!rc && b->p->is_made && add_made_document(b, &l))
+			return err_prefix(b->e, "%s:%llu", f->path, (unsigned long long)number);
+		if (!rc && !b->p->is_made)
 			rc = add_document(b, &l);
 		if (rc < 0)
 			return rc;
@@ -234,13 +316,15 @@ static int sort_pieces(struct packed *p, struct err *e)
 	return 0;
 }
 
-int packed_open(struct packed *p, const struct data_source *c, uint32_t sequence_length, uint32_t vocab, struct err *e)
+int packed_open(struct packed *p, const struct data_source *c, uint32_t sequence_length, const struct data_text *x,
+		struct err *e)
 {
-	struct build b = { .p = p, .e = e };
+	struct build b = { .p = p, .text = x, .e = e };
 	int rc = 0;
 
 	*p = (struct packed){ .sequence_length = sequence_length,
-			      .end_token = vocab > END_TOKEN ? END_TOKEN : END_BYTE,
+			      .end_token = x->vocab > END_TOKEN ? END_TOKEN : END_BYTE,
+			      .is_made = x->tokenizer != NULL,
 			      .file = calloc(c->n_paths, sizeof(*p->file)) };
 	if (!p->file)
 		return err_set(e, -ENOMEM, "data: out of memory for %u files", c->n_paths);
@@ -251,6 +335,7 @@ int packed_open(struct packed *p, const struct data_source *c, uint32_t sequence
 		if (!rc)
 			rc = read_lines(&b, f);
 	}
+	free(b.decoded);
 	return rc ? rc : sort_pieces(p, e);
 }
 
@@ -259,6 +344,7 @@ void packed_close(struct packed *p)
 	for (uint32_t i = 0; i < p->n_files; i++)
 		data_file_unmap(&p->file[i]);
 	free(p->file);
+	token_list_release(&p->made);
 	free(p->piece);
 	free(p->first_piece);
 	*p = (struct packed){ 0 };
@@ -289,6 +375,16 @@ static uint32_t next_token(struct reader *r)
 	return r->c[r->at++];
 }
 
+static void read_made(const struct packed *p, const struct piece *x, uint32_t *tokens, uint32_t *targets)
+{
+	const uint32_t *id = p->made.id + x->raw;
+
+	for (uint32_t i = 0; i < x->n; i++) {
+		tokens[i] = id[i];
+		targets[i] = i + 1 >= x->n_prompt ? id[i + 1] : DATA_NO_TARGET;
+	}
+}
+
 static void read_piece(const struct packed *p, const struct piece *x, uint32_t *tokens, uint32_t *targets)
 {
 	const uint8_t *map = p->file[x->file].map;
@@ -313,7 +409,7 @@ void packed_read(const struct packed *p, uint64_t window, uint32_t *tokens, uint
 
 	assert(window < p->windows);
 	for (uint64_t i = p->first_piece[window]; i < p->first_piece[window + 1]; i++) {
-		read_piece(p, &p->piece[i], tokens + at, targets + at);
+		(p->is_made ? read_made : read_piece)(p, &p->piece[i], tokens + at, targets + at);
 		at += p->piece[i].n;
 	}
 	for (; at < p->sequence_length; at++) {

@@ -5,6 +5,23 @@
 
 #include "model/model.h"
 
+/*
+ * What makes tokens of text, or bytes are tokens: then tokenizer is NULL. Only
+ * while data are opened.
+ */
+struct data_text {
+	struct tokenizer *tokenizer;
+	uint32_t vocab; /* of the model: no id is at or beyond it */
+	uint32_t closing[16];
+	uint32_t n_closing; /* what ends a document */
+};
+/* Opens the tokenizer, if the config has one, and finds what ends a document. x->tokenizer is the caller's to free. */
+int data_text_open(struct data_text *x, const struct data_config *c, struct err *e);
+/* Whether the tokenizer makes a source's tokens. */
+bool data_source_is_text(const struct data_config *c, const struct data_source *s);
+/* n bytes of text behind those in out. -EINVAL: e says what is wrong, not where. */
+int data_encode(const struct data_text *x, const void *text, size_t n, struct token_list *out, struct err *e);
+
 /* A file, mapped. */
 struct data_file {
 	const char *path; /* the config's */
@@ -22,9 +39,10 @@ uint64_t data_file_hash(const struct data_file *f, uint64_t h);
 /* The files of a list, one behind the other, are one stream of tokens. */
 struct segment {
 	struct data_file file;
-	const void *token; /* in the map */
-	uint32_t width;    /* bytes a token */
-	uint64_t first, n; /* tokens; first: in the stream */
+	const void *token;      /* in the map, or made's */
+	uint32_t width;         /* bytes a token */
+	struct token_list made; /* of text */
+	uint64_t first, n;      /* tokens; first: in the stream */
 };
 struct stream {
 	struct segment *segment;
@@ -33,7 +51,7 @@ struct stream {
 };
 
 /* Every token is looked at: none is at or beyond vocab. */
-int stream_open(struct stream *s, const struct data_source *c, uint32_t vocab, struct err *e);
+int stream_open(struct stream *s, const struct data_source *c, const struct data_text *x, struct err *e);
 void stream_close(struct stream *s);
 /* n tokens of the stream from `at` on. */
 void stream_read(const struct stream *s, uint64_t at, uint64_t n, uint32_t *out);
@@ -45,7 +63,7 @@ void stream_read(const struct stream *s, uint64_t at, uint64_t n, uint32_t *out)
  * and its target are neighbours, so that n inputs are n + 1 tokens.
  */
 struct piece {
-	uint64_t raw;      /* in the file: the character that token 0 belongs to */
+	uint64_t raw;      /* in the file: the character that token 0 belongs to; or in `made` */
 	uint64_t text_raw; /* in the file: the first character of the text or completion */
 	uint32_t file, window;
 	uint32_t n;        /* inputs */
@@ -59,13 +77,16 @@ struct packed {
 	struct piece *piece; /* by window, in the order of the file within one */
 	uint64_t n_pieces;
 	uint64_t *first_piece; /* [windows + 1] */
+	bool is_made;          /* the documents' tokens stand in `made`, one behind the other */
+	struct token_list made;
 	uint32_t windows, sequence_length;
 	uint32_t end_token; /* closes a document */
 	uint64_t n;         /* inputs */
 };
 
 /* Reads all of it once: every line is checked, and an error names its number. */
-int packed_open(struct packed *p, const struct data_source *c, uint32_t sequence_length, uint32_t vocab, struct err *e);
+int packed_open(struct packed *p, const struct data_source *c, uint32_t sequence_length, const struct data_text *x,
+		struct err *e);
 void packed_close(struct packed *p);
 /* Positions without a document: token 0, target DATA_NO_TARGET. */
 void packed_read(const struct packed *p, uint64_t window, uint32_t *tokens, uint32_t *targets);

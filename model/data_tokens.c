@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Files of tokens, mapped read-only, nothing copied or kept. A token the model
- * does not have is looked for when the stream is opened, which for 16-bit and
- * 32-bit tokens reads all of it once.
+ * Files of tokens, mapped read-only, nothing copied or kept, but for the tokens
+ * that are made of text. A token the model does not have is looked for when the
+ * stream is opened, which for 16-bit and 32-bit tokens reads all of it once.
  *
  * Formats
  *   bytes    each byte is a token; any file
@@ -10,6 +10,7 @@
  *            and number of tokens, then the tokens; magic 20240520 version 1:
  *            uint16 (GPT-2), magic 20240801 version 7: uint32 (Llama 3)
  *   nanogpt  nanoGPT (data/.../prepare.py): uint16 tokens and nothing else
+ *   text     UTF-8, made into tokens by the tokenizer as one text
  */
 #include "model/data_source.h"
 
@@ -57,8 +58,22 @@ static int read_llmc_header(struct segment *g, struct err *e)
 	return 0;
 }
 
-static int find_tokens(struct segment *g, enum data_format format, struct err *e)
+static int make_tokens(struct segment *g, const struct data_text *x, struct err *e)
 {
+	int rc = data_encode(x, g->file.map, g->file.bytes, &g->made, e);
+
+	if (rc)
+		return err_prefix(e, "%s", g->file.path);
+	g->width = sizeof(*g->made.id);
+	g->token = g->made.id;
+	g->n = g->made.n;
+	return 0;
+}
+
+static int find_tokens(struct segment *g, enum data_format format, const struct data_text *x, struct err *e)
+{
+	if (format == DATA_TEXT)
+		return make_tokens(g, x, e);
 	if (format == DATA_LLMC)
 		return read_llmc_header(g, e);
 	g->width = format == DATA_BYTES ? 1 : sizeof(uint16_t);
@@ -120,7 +135,7 @@ static int check_tokens(const struct segment *g, uint32_t vocab, struct err *e)
 	return 0;
 }
 
-int stream_open(struct stream *s, const struct data_source *c, uint32_t vocab, struct err *e)
+int stream_open(struct stream *s, const struct data_source *c, const struct data_text *x, struct err *e)
 {
 	int rc = 0;
 
@@ -133,9 +148,9 @@ int stream_open(struct stream *s, const struct data_source *c, uint32_t vocab, s
 		*g = (struct segment){ .first = s->n };
 		rc = data_file_map(&g->file, c->path[i], e);
 		if (!rc)
-			rc = find_tokens(g, c->format, e);
-		if (!rc)
-			rc = check_tokens(g, vocab, e);
+			rc = find_tokens(g, c->format, x, e);
+		if (!rc && c->format != DATA_TEXT)
+			rc = check_tokens(g, x->vocab, e);
 		s->n += g->n;
 	}
 	return rc;
@@ -143,8 +158,10 @@ int stream_open(struct stream *s, const struct data_source *c, uint32_t vocab, s
 
 void stream_close(struct stream *s)
 {
-	for (uint32_t i = 0; i < s->n_segments; i++)
+	for (uint32_t i = 0; i < s->n_segments; i++) {
 		data_file_unmap(&s->segment[i].file);
+		token_list_release(&s->segment[i].made);
+	}
 	free(s->segment);
 	*s = (struct stream){ 0 };
 }

@@ -361,6 +361,21 @@ static int resolve_weights(struct ds_parse *p)
 	return c->weights ? 0 : err_set(p->e, -ENOMEM, "%s: out of memory", p->doc.name);
 }
 
+/* The model's end of text: a number, or the first of a list. */
+static uint32_t eos_token(const struct model_config *m)
+{
+	json_t *o = json_loads(m->json, 0, NULL);
+	const json_t *v = json_object_get(o, "eos_token_id");
+	uint32_t id = TOKENIZER_NONE;
+
+	if (json_array_size(v))
+		v = json_array_get(v, 0);
+	if (json_is_integer(v) && json_integer_value(v) >= 0 && json_integer_value(v) < TOKENIZER_NONE)
+		id = (uint32_t)json_integer_value(v);
+	json_decref(o);
+	return id;
+}
+
 static int resolve(struct ds_parse *p)
 {
 	struct job_config *c = p->c;
@@ -373,6 +388,7 @@ static int resolve(struct ds_parse *p)
 	if (rc)
 		return rc;
 	fill_width_defaults(p);
+	c->data.eos_token = eos_token(&c->model);
 	if (p->max_lr == MAX_LR_AUTO || (p->max_lr == MAX_LR_DEFAULT && c->scheduler.type == SCHEDULER_WARMUP))
 		c->scheduler.warmup_max_lr = c->optimizer.lr;
 	if (!c->data.sequence_length)
@@ -484,6 +500,8 @@ void job_config_release(struct job_config *c)
 	release_sources(c->data.train, c->data.n_train);
 	release_sources(c->data.validation, c->data.n_validation);
 	release_paths(c->note, c->n_notes);
+	free(c->data.tokenizer);
+	free(c->data.end_token);
 	free(c->weights);
 	free(c->fabric);
 	free(c->math);

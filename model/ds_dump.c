@@ -69,17 +69,46 @@ int job_config_override(struct job_config *c, const struct job_overrides *o, str
 
 /* --------------------------------------------------------------- validation */
 
-static const char *const format_names[] = { "bytes", "llmc", "nanogpt", "jsonl" };
+static const char *const format_names[] = { "bytes", "llmc", "nanogpt", "jsonl", "text" };
+
+static bool is_bytes(const struct data_config *d, const struct data_source *s)
+{
+	return s->format == DATA_BYTES || (s->format == DATA_JSONL && !d->tokenizer);
+}
 
 /* Bytes are tokens 0 to 255; files of tokens are looked into when they are opened. */
 static int check_vocabulary(const struct job_config *c, const struct data_source *s, uint32_t n, struct err *e)
 {
 	for (uint32_t i = 0; i < n; i++)
-		if ((s[i].format == DATA_BYTES || s[i].format == DATA_JSONL) && c->model.vocab_size < 256)
+		if (is_bytes(&c->data, &s[i]) && c->model.vocab_size < 256)
 			return err_set(e, -EINVAL,
 				       "shardmesh.model: vocab_size %u is too small for data of format \"%s\", which "
 				       "needs 256",
 				       c->model.vocab_size, format_names[s[i].format]);
+	return 0;
+}
+
+/* A tokenizer and data that it is for belong together. */
+static int check_tokenizer(const struct data_config *d, struct err *e)
+{
+	bool text = false, used = false;
+
+	for (uint32_t i = 0; i < d->n_train + d->n_validation; i++) {
+		const struct data_source *s = i < d->n_train ? &d->train[i] : &d->validation[i - d->n_train];
+
+		text |= s->format == DATA_TEXT;
+		used |= s->format == DATA_TEXT || s->format == DATA_JSONL;
+	}
+	if (text && !d->tokenizer)
+		return err_set(e, -EINVAL,
+			       "shardmesh.data.format: \"text\" needs shardmesh.data.tokenizer; with \"bytes\" every "
+			       "byte is a token");
+	if (d->tokenizer && !used)
+		return err_set(e, -EINVAL,
+			       "shardmesh.data.tokenizer: no source is \"text\" or \"jsonl\"; the others are tokens "
+			       "as they are");
+	if (d->end_token && !d->tokenizer)
+		return err_set(e, -EINVAL, "shardmesh.data.end_token: it is of a shardmesh.data.tokenizer; give one");
 	return 0;
 }
 
@@ -92,13 +121,14 @@ static int validate_data(const struct job_config *c, struct err *e)
 		return err_set(e, -EINVAL,
 			       "shardmesh.data.sequence_length: %u is longer than the model's n_positions %u",
 			       d->sequence_length, c->model.n_positions);
-	rc = check_vocabulary(c, d->train, d->n_train, e);
+	rc = check_tokenizer(d, e);
+	if (!rc)
+		rc = check_vocabulary(c, d->train, d->n_train, e);
 	if (!rc)
 		rc = check_vocabulary(c, d->validation, d->n_validation, e);
 	if (rc)
 		return rc;
-	if (d->n_validation && strcmp(data_token_kind(d), "bytes") != 0 &&
-	    (d->validation[0].format == DATA_BYTES || d->validation[0].format == DATA_JSONL))
+	if (d->n_validation && !is_bytes(d, &d->train[0]) && is_bytes(d, &d->validation[0]))
 		return err_set(e, -EINVAL, "shardmesh.data: training data are tokens and validation data are bytes");
 	if (d->n_validation && d->validation_fraction > 0)
 		return err_set(e, -EINVAL,
@@ -265,6 +295,10 @@ static int put_shardmesh(json_t *root, const struct job_config *c)
 	if (c->data.n_validation)
 		bad |= put(root, "shardmesh.data.validation", source_list(c->data.validation, c->data.n_validation));
 	bad |= put(root, "shardmesh.data.format", json_string(format_names[c->data.format]));
+	if (c->data.tokenizer)
+		bad |= put(root, "shardmesh.data.tokenizer", json_string(c->data.tokenizer));
+	if (c->data.end_token)
+		bad |= put(root, "shardmesh.data.end_token", json_string(c->data.end_token));
 	bad |= put(root, "shardmesh.data.sequence_length", json_integer(c->data.sequence_length));
 	bad |= put(root, "shardmesh.eval_batches", json_integer(c->eval_batches));
 	bad |= put(root, "shardmesh.fabric", json_string(c->fabric));

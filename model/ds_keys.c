@@ -376,6 +376,8 @@ const struct ds_key ds_keys[] = {
 	READ("shardmesh.data.validation", ds_read_sources),
 	REAL("shardmesh.data.validation_fraction", data.validation_fraction, 0, 0.9, DS_AUTO_REFUSED),
 	READ("shardmesh.data.format", ds_read_format),
+	READ("shardmesh.data.tokenizer", ds_read_tokenizer),
+	READ("shardmesh.data.end_token", ds_read_end_token),
 	READ("shardmesh.data.sequence_length", ds_read_sequence_length),
 	UINT("shardmesh.steps", steps, 1, 0, DS_AUTO_REFUSED),
 	UINT("shardmesh.seed", seed, 0, 0, DS_AUTO_REFUSED),

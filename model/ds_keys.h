@@ -79,6 +79,8 @@ int ds_read_weights(struct ds_parse *p, const struct json_path *path, const json
 int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_sources(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_tokenizer(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_end_token(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_eval_batches(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_activations(struct ds_parse *p, const struct json_path *path, const json_t *v);

@@ -323,7 +323,7 @@ int ds_read_initialize(struct ds_parse *p, const struct json_path *path, const j
 	return i < 0 ? i : 0;
 }
 
-static const char *const format_words[] = { "bytes", "llmc", "nanogpt", "jsonl", NULL };
+static const char *const format_words[] = { "bytes", "llmc", "nanogpt", "jsonl", "text", NULL };
 
 int ds_read_format(struct ds_parse *p, const struct json_path *path, const json_t *v)
 {
@@ -414,15 +414,21 @@ static bool all_strings(const json_t *list)
 	return true;
 }
 
+/* A tokenizer may stand behind the sources that it is for. */
+static bool makes_bytes(const struct ds_parse *p, enum data_format format)
+{
+	const json_t *data = json_object_get(json_object_get(p->doc.root, "shardmesh"), "data");
+
+	return format == DATA_BYTES || (format == DATA_JSONL && !json_is_string(json_object_get(data, "tokenizer")));
+}
+
 /* All sources have a weight or none has; tokens of two kinds would mean different things by the same number. */
 static int check_sources(struct ds_parse *p, const struct json_path *path, const struct data_source *s, uint32_t n)
 {
 	for (uint32_t i = 1; i < n; i++) {
-		bool bytes = s[i].format == DATA_BYTES || s[i].format == DATA_JSONL;
-
 		if ((s[i].weight > 0) != (s[0].weight > 0))
 			return json_fail(&p->doc, path, p->e, "give every source a weight, or none");
-		if (bytes != (s[0].format == DATA_BYTES || s[0].format == DATA_JSONL))
+		if (makes_bytes(p, s[i].format) != makes_bytes(p, s[0].format))
 			return json_fail(&p->doc, path, p->e,
 					 "\"%s\" and \"%s\" do not mix: one's tokens are bytes, the other's are not",
 					 format_words[s[0].format], format_words[s[i].format]);
@@ -452,6 +458,16 @@ int ds_read_sources(struct ds_parse *p, const struct json_path *path, const json
 		++*n;
 	}
 	return rc ? rc : check_sources(p, path, *sources, *n);
+}
+
+int ds_read_tokenizer(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	return read_path(p, path, v, &p->c->data.tokenizer);
+}
+
+int ds_read_end_token(struct ds_parse *p, const struct json_path *path, const json_t *v)
+{
+	return json_read_string(&p->doc, path, v, &p->c->data.end_token, p->e);
 }
 
 int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, const json_t *v)

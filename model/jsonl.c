@@ -62,11 +62,7 @@ static int32_t read_hex(const uint8_t *p, const uint8_t *end)
 	return v;
 }
 
-/*
- * Length of the UTF-8 sequence at p, 0 when it is none: no overlong forms, no
- * surrogates, nothing above U+10FFFF (Unicode, table 3-7).
- */
-static unsigned utf8_length(const uint8_t *p, const uint8_t *end)
+unsigned jsonl_utf8_length(const uint8_t *p, const uint8_t *end)
 {
 	uint8_t low = 0x80, high = 0xbf;
 	unsigned n = p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
@@ -175,7 +171,7 @@ static int check_string(struct cursor *c, struct jsonl_string *out)
 		if (*c->p < 0x20)
 			return fail(c, "a control character in a string");
 		if (*c->p >= 0x80)
-			n = utf8_length(c->p, c->end);
+			n = jsonl_utf8_length(c->p, c->end);
 		if (!n)
 			return fail(c, "a byte that is not UTF-8");
 		c->p += n;

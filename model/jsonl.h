@@ -32,4 +32,11 @@ int jsonl_parse(const uint8_t *line, size_t n, struct jsonl_line *out, char why[
  */
 unsigned jsonl_next(const uint8_t **p, uint8_t out[4]);
 
+/*
+ * Length of the UTF-8 sequence at p, whose first byte is 0x80 or more; 0 when it
+ * is none: no overlong forms, no surrogates, nothing above U+10FFFF (Unicode,
+ * table 3-7).
+ */
+unsigned jsonl_utf8_length(const uint8_t *p, const uint8_t *end);
+
 #endif

@@ -117,7 +117,7 @@ struct zero_config {
 	bool overlap_comm, contiguous_gradients, stage3_gather_16bit_weights_on_model_save;
 };
 
-enum data_format { DATA_BYTES, DATA_LLMC, DATA_NANOGPT, DATA_JSONL };
+enum data_format { DATA_BYTES, DATA_LLMC, DATA_NANOGPT, DATA_JSONL, DATA_TEXT };
 enum activations_mode { ACTIVATIONS_AUTO, ACTIVATIONS_KEEP, ACTIVATIONS_RECOMPUTE };
 
 /* Files of one format, one behind the other. */
@@ -137,8 +137,11 @@ struct data_config {
 	double validation_fraction;
 	enum data_format format; /* of sources that do not name theirs */
 	uint32_t sequence_length;
+	char *tokenizer;    /* tokenizer.json for text and JSONL; NULL: JSONL's tokens are bytes */
+	char *end_token;    /* the added token that closes a document; NULL: eos_token */
+	uint32_t eos_token; /* of the model's config.json; TOKENIZER_NONE: it has none */
 };
-/* What a token of these data is: "bytes", "llmc", "nanogpt". JSONL's are bytes. */
+/* What a token of these data is: "tokenizer" where any is made by it, "bytes", "llmc", "nanogpt". */
 const char *data_token_kind(const struct data_config *c);
 /* Whether any source holds documents that must not see each other: data_first_keys. */
 bool data_config_packed(const struct data_config *c);
@@ -425,6 +428,48 @@ struct shard_plan {
 int shard_plan_make(const struct job_config *c, const struct unit_table *t, const struct page_map *map, uint32_t member,
 		    uint32_t n_micro, uint32_t n_workers, bool mapped, struct shard_plan *out, struct err *e);
 
+/* ------------------------------------------------------------------- tokenizer */
+
+/*
+ * A tokenizer.json of Hugging Face's tokenizers whose model is byte-level BPE, as
+ * GPT-2, Llama 3, Qwen and SmolLM have it: the ids are those that tokenizers
+ * gives. What is not supported is refused by name. One thread at a time: it
+ * keeps scratch memory and the words it saw last.
+ */
+struct tokenizer;
+#define TOKENIZER_NONE UINT32_MAX
+#define TOKENIZER_BYTES_MAX 200000000u /* of a tokenizer.json */
+
+/* Ids, in memory that grows. */
+struct token_list {
+	uint32_t *id;
+	size_t n, room;
+};
+void token_list_release(struct token_list *l);
+
+/* path: the file, or its directory. -EINVAL names the file and what is wrong with it or not supported; -errno. */
+int tokenizer_open(const char *path, struct tokenizer **out, struct err *e);
+/* Of a text in memory; name: how messages call it. */
+int tokenizer_parse(const char *text, size_t bytes, const char *name, struct tokenizer **out, struct err *e);
+void tokenizer_free(struct tokenizer *t);
+/* The file that tokenizer_open reads; malloced. */
+int tokenizer_path(const char *path, char **out, struct err *e);
+/* The largest id and one. */
+uint32_t tokenizer_size(const struct tokenizer *t);
+/* The id of an added token by its text, or TOKENIZER_NONE. */
+uint32_t tokenizer_find(const struct tokenizer *t, const char *content);
+/*
+ * A text's ids, behind those in out, without what the template puts around it;
+ * added tokens that stand in the text are taken as such. -EINVAL: not UTF-8, or
+ * a pattern that takes too long on it; out then holds a part.
+ */
+int tokenizer_encode(struct tokenizer *t, const void *text, size_t bytes, struct token_list *out, struct err *e);
+/* The bytes that an id stands for, n of them; none and NULL for an id that nothing has. A character may be cut. */
+const uint8_t *tokenizer_bytes(const struct tokenizer *t, uint32_t id, size_t *n);
+/* What the template (post_processor) puts before and behind a text: special tokens, n of them. */
+const uint32_t *tokenizer_prefix(const struct tokenizer *t, size_t *n);
+const uint32_t *tokenizer_suffix(const struct tokenizer *t, size_t *n);
+
 /* ------------------------------------------------------------------------ data */
 
 /*
@@ -438,6 +483,9 @@ int shard_plan_make(const struct job_config *c, const struct unit_table *t, cons
  * A JSONL line is {"text"}, or {"prompt", "completion"} with the loss on the
  * completion alone; other keys are passed over. A document's tokens are the
  * UTF-8 bytes and an end token: 256 where the vocabulary has it, else a newline.
+ * With a tokenizer they are its ids, prompt and completion by themselves, with
+ * its template around them, closed by the template's or by end_token; a file of
+ * format text is one stream of its ids, as it stands. Those are kept in memory.
  */
 struct data_set;
 enum data_split { DATA_TRAIN, DATA_VALIDATION };
@@ -452,7 +500,7 @@ uint64_t data_tokens(const struct data_set *d, enum data_split split);
 uint64_t data_windows(const struct data_set *d, enum data_split split);
 /* XXH3-64 over sizes and a sample of the contents: members that see other files differ in it. */
 uint64_t data_fingerprint(const struct data_set *d);
-/* Bytes of memory that the index of documents takes, beside the mapped files. */
+/* Bytes of memory that ids and the index of documents take, beside the mapped files. */
 uint64_t data_memory(const struct data_set *d);
 bool data_packed(const struct data_set *d);
 /*

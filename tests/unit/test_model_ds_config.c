@@ -262,7 +262,7 @@ static void test_own_section(void **state)
 		{ MODEL ", \"data\": {\"train\": [\"a\", 1]}",
 		  "ds.json:1: shardmesh.data.train: expected a path or a list of paths, found 1" },
 		{ MODEL ", \"data\": {\"train\": \"a\", \"format\": \"csv\"}",
-		  "ds.json:1: shardmesh.data.format: expected \"bytes\", \"llmc\", \"nanogpt\" or \"jsonl\", found "
+		  "ds.json:1: shardmesh.data.format: expected \"bytes\", \"llmc\", \"nanogpt\", \"jsonl\" or \"text\", found "
 		  "\"csv\"" },
 		{ MODEL ", " DATA ", \"fabric\": \"verbs\"",
 		  "ds.json:1: shardmesh.fabric: expected \"auto\", \"local\" or \"local-copy\", found \"verbs\"" },
