@@ -149,7 +149,7 @@ def agree(name, out, seen):
         check(re.search(rf"^  total +{total}$", out, re.M), f"{name}: a {program} plans {total}; meshctl printed:\n{out}")
 
 
-def matrix(directory):
+def walk(directory):
     """A walk through the matrix in which every value of every column appears, and most pairs of them."""
     case(directory, 1, 1, 2, "local", "gpt2", "keep", 2)
     case(directory, 2, 2, 1, "local", "llama", "recompute", 4)
@@ -245,4 +245,4 @@ def command(directory):
 
 
 if __name__ == "__main__":
-    main([matrix, pieces, whole, shares, stopped, joined, command])
+    main([walk, pieces, whole, shares, stopped, joined, command])
