@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job through the whole mesh against PyTorch and transformers, live.
+"""Jobs through the whole mesh against PyTorch and transformers, live: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
 The data are exactly one step's worth of windows, so every step sees all of them and their order does not matter. The
 initial parameters are what a job with learning rate 0 exports. Then 3 AdamW steps with clipping on both sides: losses
@@ -21,8 +21,26 @@ WINDOWS, LENGTH, STEPS, CLIP = 24, 32, 3, 0.5
 LR, WEIGHT_DECAY, EPS = 1e-3, 0.1, 1e-4
 TOLERANCE = 1e-5
 
+GPT2 = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 64, "n_embd": 80, "n_layer": 3, "n_head": 5, "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+LLAMA = {"vocab_size": 256, "max_position_embeddings": 64, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.0, "initializer_range": 0.05}
+# Each with what its family alone has: stretched frequencies, windows shorter than a sample, biases, the norm of q and k,
+# heads wider than their share.
+MODELS = {
+    "gpt2, tied": {**GPT2, "tie_word_embeddings": True},
+    "gpt2, untied": {**GPT2, "tie_word_embeddings": False},
+    "llama": {**LLAMA, "model_type": "llama", "tie_word_embeddings": False, "rope_theta": 500.0, "rope_scaling": {
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 9, "tie_word_embeddings": False},
+    "qwen2": {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7,
+              "max_window_layers": 1},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+}
 
-def job(directory, name, lr, weight_decay, steps, tie):
+
+def job(directory, name, lr, weight_decay, steps, model):
     config = {
         "train_batch_size": WINDOWS,
         "train_micro_batch_size_per_gpu": 2,
@@ -30,8 +48,7 @@ def job(directory, name, lr, weight_decay, steps, tie):
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "betas": [0.9, 0.95], "eps": EPS, "weight_decay": weight_decay}},
         "zero_optimization": {"stage": 3},
         "shardmesh": {
-            "model": {"model_type": "gpt2", "vocab_size": 256, "n_positions": 64, "n_embd": 80, "n_layer": 3, "n_head": 5,
-                      "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": tie},
+            "model": model,
             "data": {"train": str(directory / "text.txt"), "format": "bytes", "sequence_length": LENGTH},
             "steps": steps, "seed": 3, "eval_batches": 0, "shards": 3, "workers": 2, "threads_per_worker": 1,
             "run_dir": str(directory / name),
@@ -44,7 +61,9 @@ def job(directory, name, lr, weight_decay, steps, tie):
 
 
 def load(run_dir):
-    model, info = AutoModelForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True)
+    # eager: the plain formula, so that a difference is ours; a window is a mask there.
+    model, info = AutoModelForCausalLM.from_pretrained(run_dir / "model", output_loading_info=True,
+                                                       attn_implementation="eager", dtype=torch.float32)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"transformers reports {kind}: {info[kind]}")
@@ -73,32 +92,33 @@ def close(what, got, want, scale=None):
     return error
 
 
-def compare(tie, directory):
+def compare(name, directory):
+    place = name.replace(", ", "-")
     text = (ROOT / "LICENSE").read_bytes()[: WINDOWS * LENGTH + 1]
     (directory / "text.txt").write_bytes(text)
     tokens = torch.tensor(list(text)).unfold(0, LENGTH + 1, LENGTH)
-    model = load(job(directory, f"start-{tie}", 0.0, 0.0, 1, tie))
-    done = job(directory, f"trained-{tie}", LR, WEIGHT_DECAY, STEPS, tie)
+    model = load(job(directory, f"start-{place}", 0.0, 0.0, 1, MODELS[name]))
+    done = job(directory, f"trained-{place}", LR, WEIGHT_DECAY, STEPS, MODELS[name])
     worst = 0.0
     ours = [json.loads(line) for line in (done / "steps.jsonl").open()]
     for i, ((loss, norm), line) in enumerate(zip(train(model, tokens), ours, strict=True)):
-        worst = max(worst, close(f"loss of step {i + 1}", line["loss"], loss))
-        worst = max(worst, close(f"norm of step {i + 1}", line["grad_norm"], norm))
+        worst = max(worst, close(f"{name}: loss of step {i + 1}", line["loss"], loss))
+        worst = max(worst, close(f"{name}: norm of step {i + 1}", line["grad_norm"], norm))
     trained = load(done)
-    for (name, want), (other, got) in zip(model.named_parameters(), trained.named_parameters(), strict=True):
-        assert name == other
+    for (tensor, want), (other, got) in zip(model.named_parameters(), trained.named_parameters(), strict=True):
+        assert tensor == other
         error = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-30)
-        worst = max(worst, close(f"{name} (largest error)", 1 + error, 1.0))
+        worst = max(worst, close(f"{name}: {tensor} (largest error)", 1 + error, 1.0))
     with torch.no_grad():
         error = (model(tokens[:4, :-1]).logits - trained(tokens[:4, :-1]).logits).abs().max().item()
     if error > 1e-4:
-        sys.exit(f"logits differ by {error}")
-    print(f"{'tied' if tie else 'untied'} head: loss, norm and parameters within {worst:.1e}; logits within {error:.1e}")
+        sys.exit(f"{name}: logits differ by {error}")
+    print(f"{name}: loss, norm and parameters within {worst:.1e}; logits within {error:.1e}")
 
 
-def logits_of_generate(directory):
+def logits_of_generate(directory, place):
     """Our greedy continuation is transformers' greedy continuation."""
-    run_dir = directory / "trained-True"
+    run_dir = directory / f"trained-{place}"
     prompt = "Licensed "
     ours = subprocess.run([BIN / "meshctl", "generate", "--model", run_dir / "model", "--prompt", prompt, "--tokens", "40",
                            "--temperature", "0"], check=True, capture_output=True).stdout
@@ -108,11 +128,12 @@ def logits_of_generate(directory):
         theirs = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
     if ours.rstrip(b"\n") != bytes(theirs).rstrip(b"\n"):
         sys.exit(f"generate: {ours!r}\n differs from {bytes(theirs)!r}")
-    print("generate: the same 40 greedy tokens")
+    print(f"generate, {place}: the same 40 greedy tokens")
 
 
 with tempfile.TemporaryDirectory(prefix="shardmesh-peers-") as d:
-    for tied in (True, False):
-        compare(tied, pathlib.Path(d))
-    logits_of_generate(pathlib.Path(d))
+    for each in MODELS:
+        compare(each, pathlib.Path(d))
+    for each in ("gpt2-tied", "llama", "qwen3"):
+        logits_of_generate(pathlib.Path(d), each)
 print("peers: all comparisons hold")

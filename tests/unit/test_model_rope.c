@@ -4,6 +4,8 @@
  * tests/peers/make_rope.py wrote. The roundings to fp32 are the same; the power
  * behind a frequency may differ in its last bit, which at position t turns an
  * angle by t * f * 2^-23.
+ *
+ * usage: test_model_rope [file of the numbers]
  */
 #include "model/model.h"
 
@@ -13,6 +15,8 @@
 #include <string.h>
 #include <cmocka.h>
 #include <jansson.h>
+
+static char path[4096];
 
 struct exactness {
 	uint64_t n, same;
@@ -63,14 +67,11 @@ static void check_case(const json_t *c, struct exactness *x)
 
 static void test_transformers(void **state)
 {
-	const char *source = getenv("SHARDMESH_SOURCE");
 	struct exactness x = { 0 };
-	char path[512];
 	json_error_t je;
 	json_t *list;
 
 	(void)state;
-	snprintf(path, sizeof(path), "%s/tests/peers/rope.json", source ? source : ".");
 	list = json_load_file(path, 0, &je);
 	if (!list)
 		fail_msg("%s: %s", path, je.text);
@@ -106,12 +107,16 @@ static void test_prefix(void **state)
 	}
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+	const char *source = getenv("SHARDMESH_SOURCE");
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_transformers),
 		cmocka_unit_test(test_prefix),
 	};
 
+	snprintf(path, sizeof(path), "%s/tests/peers/rope.json", source ? source : ".");
+	if (argc > 1)
+		snprintf(path, sizeof(path), "%s", argv[1]);
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
