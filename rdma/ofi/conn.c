@@ -95,7 +95,9 @@ static void open_generation(struct fab_ep *ep, uint32_t generation, uint64_t now
 	if (!ret)
 		ret = ofi_link_open(ep->fab, ep->mailbox, &ep->fi, &ep->own);
 	if (ret) {
-		log_warn(ep->fab->log, "fabric ofi: no endpoint: %s", strerror(-ret));
+		if (ep->attempts == 0)
+			log_warn(ep->fab->log, "fabric ofi: no endpoint: %s", strerror(-ret));
+		ep->status = ret;
 		pause_before_retry(ep, now);
 		return;
 	}

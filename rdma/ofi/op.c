@@ -375,7 +375,8 @@ bool ofi_ops_progress(struct fab_ep *ep, uint64_t now)
 		return true;
 	}
 	for (int i = 0; i < n; i++) {
-		if (done[i].flags & FI_REMOTE_CQ_DATA)
+		/* Some providers put the first flag on the completion of the one who sent the data, too. */
+		if (done[i].flags & FI_REMOTE_CQ_DATA && done[i].flags & FI_REMOTE_WRITE)
 			notice_in(ep, done[i].data);
 		else if (done[i].op_context)
 			slice_done(ep, done[i].op_context);
