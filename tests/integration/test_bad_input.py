@@ -10,7 +10,7 @@ import struct
 import subprocess
 import time
 
-from harness import BIN, check, clean_environment, config, finish, lines, main, members, run, start, wait_for
+from harness import BIN, ROOT, check, clean_environment, config, finish, lines, main, members, run, start, wait_for
 
 
 def expect(path, code, *words, flags=(), seconds=30, **popen):
@@ -113,6 +113,34 @@ def jsonl_lines(directory):
         expect(path, 42, f"{data}:4:", words)
     data.write_bytes(b'{"text": "\xff"}\n')
     expect(path, 42, f"{data}:1:", "UTF-8")
+    nothing_left(directory)
+
+
+def tokenizers(directory):
+    """A tokenizer that is missing, broken, not supported, of no use, or beyond the model's vocabulary."""
+    c = json.loads(config(directory).read_text())
+    path, file = directory / "job.json", directory / "tokenizer.json"
+    good = json.loads((ROOT / "tests/peers/tokenizers/gpt2.json").read_text())
+    (directory / "lines.jsonl").write_text(json.dumps({"text": "a line that is long enough for a sample"}) + "\n")
+
+    def refused(content, *words, **data):
+        if content is not None:
+            file.write_text(content if isinstance(content, str) else json.dumps(content))
+        c["shardmesh"]["data"] = {"train": "lines.jsonl", "format": "jsonl", "sequence_length": 16,
+                                  "tokenizer": "tokenizer.json", "end_token": "<|endoftext|>"} | data
+        c["shardmesh"]["eval_batches"] = 0
+        path.write_text(json.dumps(c))
+        expect(path, 42, *words)
+
+    refused(None, str(file), "No such file")
+    refused("{", f"{file}:1:")
+    refused(good | {"model": {"type": "Unigram", "vocab": []}}, str(file), "Unigram", "byte-level BPE")
+    refused(good | {"normalizer": {"type": "Lowercase"}}, str(file), "Lowercase")
+    refused(good | {"pre_tokenizer": {"type": "Metaspace"}}, str(file), "Metaspace")
+    refused(good, str(directory / "lines.jsonl:1"), "vocab_size 256")
+    refused(good, "end_token", "<|nothing|>", end_token="<|nothing|>")
+    refused(good, "shardmesh.data.tokenizer", "text", format="bytes", train="text.txt")
+    refused(good, "shardmesh.data.format", "needs shardmesh.data.tokenizer", format="text", tokenizer=None, end_token=None)
     nothing_left(directory)
 
 
@@ -312,5 +340,5 @@ def no_descriptors(directory):
 
 
 if __name__ == "__main__":
-    main([keys, batches, missing_files, unreadable_files, short_data, jsonl_lines, hostile_weights, token_beyond_vocabulary,
+    main([keys, batches, missing_files, unreadable_files, short_data, jsonl_lines, tokenizers, hostile_weights, token_beyond_vocabulary,
           too_large, port_in_use, run_directories, read_only_run_directory, held_lock, stale_lock, token_files, non_finite, full_disk, no_descriptors])
