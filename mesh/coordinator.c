@@ -158,6 +158,17 @@ static void on_ready(struct coord *c, struct seat *s, const union wire_msg *m)
 		ready_worker(c, s, &m->ready);
 }
 
+/* The worst there is, where it is first. */
+static void note_trouble(struct coord *c, const struct msg_span_done *m)
+{
+	const struct trouble t = { (enum trouble_kind)m->trouble, m->trouble_micro, m->trouble_unit };
+
+	if (m->kind != LEASE_TRAIN || t.kind == TROUBLE_NONE || t.kind > TROUBLE_LOSS)
+		return;
+	if (t.kind > c->trouble.kind || (t.kind == c->trouble.kind && t.micro < c->trouble.micro))
+		c->trouble = t;
+}
+
 static void on_span_done(struct coord *c, struct seat *s, const union wire_msg *msg)
 {
 	const struct msg_span_done *m = &msg->span_done;
@@ -174,6 +185,7 @@ static void on_span_done(struct coord *c, struct seat *s, const union wire_msg *
 	}
 	if (!m->recalled) {
 		loss_tree_add(&c->loss[l->kind], l->node, m->loss);
+		note_trouble(c, m);
 		c->seconds_compute += m->seconds_compute;
 		c->seconds_fetch += m->seconds_fetch;
 		c->seconds_push += m->seconds_push;
@@ -204,6 +216,8 @@ static void on_vote(struct coord *c, struct seat *s, const union wire_msg *m)
 	s->voted = true;
 	s->vote = sum;
 	c->n_votes++;
+	if (m->vote.trouble_units > c->trouble_units)
+		c->trouble_units = m->vote.trouble_units;
 }
 
 static void on_applied(struct coord *c, struct seat *s, const union wire_msg *msg)
@@ -266,6 +280,7 @@ static const struct handler {
 	{ WIRE_APPLIED, FROM(ROLE_SHARD), on_applied },
 	{ WIRE_STARVED, FROM(ROLE_SHARD), on_starved },
 	{ WIRE_HEARTBEAT, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), NULL },
+	{ WIRE_CHOICE, FROM(ROLE_WORKER), NULL },
 	{ WIRE_EXPORT_DATA, FROM(ROLE_SHARD), NULL },
 	{ WIRE_FAILURE, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), on_failure },
 };

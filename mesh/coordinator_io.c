@@ -402,6 +402,7 @@ void coordinator_free(struct coordinator *c)
 	while ((p = TAILQ_FIRST(&c->peers))) {
 		TAILQ_REMOVE(&c->peers, p, all);
 		conn_free(p->c);
+		free(p->choices);
 		free(p);
 	}
 	conn_listener_free(c->listener);

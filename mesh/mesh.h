@@ -185,6 +185,14 @@ struct step_record {
 	double seconds_compute, seconds_fetch, seconds_push; /* summed over workers */
 };
 
+/* What was not finite, for a message that names it. */
+enum trouble_kind { TROUBLE_NONE, TROUBLE_GRADIENT, TROUBLE_LOSS };
+struct trouble {
+	enum trouble_kind kind; /* the worst that a worker told of */
+	uint32_t micro;         /* the first micro-batch that has it */
+	uint32_t unit;          /* of a loss: where it begins; of a gradient: what owners found */
+};
+
 enum coord_phase { PHASE_GATHER, PHASE_PREPARE, PHASE_RUN, PHASE_EXPORT, PHASE_DONE, PHASE_FAILED };
 
 enum coord_action_type {
@@ -380,12 +388,15 @@ size_t waits_pack(const struct wait_record *w, uint32_t n, uint64_t now_ns, uint
 /* "worker 3 waits for unit 17 page 4 from shard 5, 1.2 s": one sentence a record; for status. */
 size_t waits_text(const char *who, const uint8_t *packed, size_t bytes, char *out, size_t max);
 
-/* One registry a process: names with the prefix mesh_, values are atomics owned by whoever counts. */
+/*
+ * One registry a process: names with the prefix mesh_, values are atomics owned by whoever counts. Several counters
+ * may have one name, those of several instances of something: its value is their sum.
+ */
 struct metric {
 	const char *name, *help;
 	const _Atomic uint64_t *value;
 };
-#define METRICS_MAX 64
+#define METRICS_MAX 96
 struct metrics {
 	uint32_t n;
 	struct metric metric[METRICS_MAX];

@@ -15,14 +15,36 @@ void metrics_add(struct metrics *m, const char *name, const char *help, const _A
 	m->metric[m->n++] = (struct metric){ .name = name, .help = help, .value = value };
 }
 
+static bool is_first(const struct metrics *m, uint32_t at)
+{
+	for (uint32_t i = 0; i < at; i++)
+		if (!strcmp(m->metric[i].name, m->metric[at].name))
+			return false;
+	return true;
+}
+
+/* Of all counters of the name. */
+static uint64_t sum_of(const struct metrics *m, const char *name)
+{
+	uint64_t sum = 0;
+
+	for (uint32_t i = 0; i < m->n; i++)
+		if (!strcmp(m->metric[i].name, name))
+			sum += atomic_load_explicit(m->metric[i].value, memory_order_relaxed);
+	return sum;
+}
+
 size_t metrics_pack(const struct metrics *m, uint8_t *out, size_t max)
 {
 	size_t used = 0;
 
 	for (uint32_t i = 0; i < m->n; i++) {
-		uint64_t value = atomic_load_explicit(m->metric[i].value, memory_order_relaxed);
 		size_t n = strlen(m->metric[i].name);
+		uint64_t value;
 
+		if (!is_first(m, i))
+			continue;
+		value = sum_of(m, m->metric[i].name);
 		if (max - used < 1 + n + sizeof(value))
 			break;
 		out[used++] = (uint8_t)n;

@@ -159,6 +159,23 @@ static void keep_plan(struct peer *p, const struct msg_ready *m)
 	free(event);
 }
 
+static int keep_choice(struct peer *p, const struct msg_choice *m)
+{
+	struct choice *grown, *c;
+
+	if (p->n_choices == PEER_CHOICES_MAX)
+		return -EMSGSIZE;
+	grown = realloc(p->choices, (p->n_choices + 1) * sizeof(*grown));
+	if (!grown)
+		return -ENOMEM;
+	p->choices = grown;
+	c = &grown[p->n_choices++];
+	*c = (struct choice){ .shard = m->shard, .chosen = m->chosen };
+	memcpy(c->provider, m->provider, sizeof(c->provider));
+	memcpy(c->text, m->text, sizeof(c->text));
+	return 0;
+}
+
 static int on_piece(struct peer *p, const struct msg_export_data *m)
 {
 	struct coordinator *co = p->owner;
@@ -185,6 +202,8 @@ static int on_member(struct peer *p, const struct wire_header *h, const union wi
 		return -EPROTO;
 	if (h->type == WIRE_HEARTBEAT)
 		rc = keep_heartbeat(p, &m->heartbeat);
+	else if (h->type == WIRE_CHOICE)
+		rc = keep_choice(p, &m->choice);
 	else if (h->type == WIRE_READY)
 		keep_plan(p, &m->ready);
 	if (rc < 0)
@@ -226,6 +245,7 @@ static void forget(struct peer *p)
 	TAILQ_REMOVE(&co->peers, p, all);
 	if (peer_of(co, p->member) == p)
 		co->by_member[p->member] = NULL;
+	free(p->choices);
 	free(p);
 }
 

@@ -11,7 +11,16 @@
 #include <sys/queue.h>
 
 #define PEER_WAITS_MAX 2048    /* bytes of a heartbeat that are kept: 64 threads, */
-#define PEER_COUNTERS_MAX 4608 /* METRICS_MAX counters */
+#define PEER_COUNTERS_MAX 6912 /* METRICS_MAX counters */
+
+#define PEER_CHOICES_MAX 4096  /* of a worker: what it has tried of the fabric */
+
+/* What came of a worker's trying one provider of the fabric with one shard service. */
+struct choice {
+	uint32_t shard;
+	bool chosen;
+	char provider[32], text[256];
+};
 
 /* A connection to the coordinator, from its accept on. */
 struct peer {
@@ -23,6 +32,8 @@ struct peer {
 	uint64_t planned_bytes;
 	uint32_t max_span, waits_bytes, counters_bytes;
 	uint8_t waits[PEER_WAITS_MAX], counters[PEER_COUNTERS_MAX];
+	uint32_t n_choices;
+	struct choice *choices; /* in the order in which they were made */
 };
 TAILQ_HEAD(peer_list, peer);
 

@@ -75,6 +75,46 @@ static json_t *text_json(const char *s)
 	return j ? j : json_string("?");
 }
 
+/* By pair: what a worker uses with each shard service, and what was refused before it came to that. */
+static json_t *pair_json(const struct peer *p, uint32_t shard)
+{
+	json_t *refused = json_array();
+	json_t *o = json_pack("{si sn sn so}", "shard", (int)shard, "provider", "description", "refused", refused);
+
+	for (uint32_t i = 0; o && i < p->n_choices; i++) {
+		const struct choice *c = &p->choices[i];
+
+		if (c->shard != shard)
+			continue;
+		if (c->chosen) {
+			json_object_set_new(o, "provider", text_json(c->provider));
+			json_object_set_new(o, "description", text_json(c->text));
+		} else {
+			json_array_append_new(refused, json_pack("{so so}", "provider", text_json(c->provider),
+								 "reason", text_json(c->text)));
+		}
+	}
+	return o;
+}
+
+static bool first_of_shard(const struct peer *p, uint32_t at)
+{
+	for (uint32_t i = 0; i < at; i++)
+		if (p->choices[i].shard == p->choices[at].shard)
+			return false;
+	return true;
+}
+
+static json_t *fabric_json(const struct peer *p)
+{
+	json_t *list = json_array();
+
+	for (uint32_t i = 0; i < p->n_choices; i++)
+		if (first_of_shard(p, i))
+			json_array_append_new(list, pair_json(p, p->choices[i].shard));
+	return list;
+}
+
 static json_t *member_json(const struct coordinator *co, const struct coord_member *m, bool with_counters)
 {
 	const struct peer *p = peer_of(co, m->id);
@@ -88,6 +128,8 @@ static json_t *member_json(const struct coordinator *co, const struct coord_memb
 		return o;
 	json_object_set_new(o, "planned_bytes", json_integer((json_int_t)p->planned_bytes));
 	json_object_set_new(o, "waits", waits_json(p, m));
+	if (m->role == ROLE_WORKER)
+		json_object_set_new(o, "fabric", fabric_json(p));
 	if (with_counters)
 		json_object_set_new(o, "counters", counters_json(p));
 	return o;

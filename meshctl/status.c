@@ -16,15 +16,35 @@ struct query {
 	int exit_code;
 };
 
+static void print_pair(json_t *pair)
+{
+	json_t *refused = json_object_get(pair, "refused"), *r;
+	const char *provider = json_string_value(json_object_get(pair, "provider"));
+	const char *description = json_string_value(json_object_get(pair, "description"));
+	size_t i;
+
+	printf("           fabric to shard %lld: %s%s%s\n", json_integer_value(json_object_get(pair, "shard")),
+	       provider ? provider : "none yet", description ? ": " : "", description ? description : "");
+	json_array_foreach(refused, i, r)
+	{
+		printf("             not %s: %s\n", json_string_value(json_object_get(r, "provider")),
+		       json_string_value(json_object_get(r, "reason")));
+	}
+}
+
 static void print_member(json_t *m)
 {
-	json_t *waits = json_object_get(m, "waits"), *wait;
+	json_t *waits = json_object_get(m, "waits"), *wait, *pairs = json_object_get(m, "fabric"), *pair;
 	size_t i;
 
 	printf("  %-8s %-4lld %-6s pid %-8lld %s\n", json_string_value(json_object_get(m, "role")),
 	       json_integer_value(json_object_get(m, "id")),
 	       json_is_true(json_object_get(m, "ready")) ? "ready" : "joins",
 	       json_integer_value(json_object_get(m, "pid")), json_string_value(json_object_get(m, "host")));
+	json_array_foreach(pairs, i, pair)
+	{
+		print_pair(pair);
+	}
 	json_array_foreach(waits, i, wait)
 	{
 		printf("           %s\n", json_string_value(wait));

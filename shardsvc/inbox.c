@@ -15,10 +15,11 @@
  * anybody else: what has the inbox was granted, so it is folded as soon as its
  * last slice is noticed.
  *
- * A push that is taken back while it is under way is closed at once, and the
- * inbox goes to the worker's next push. Notices of the old one are told apart
- * by their value; its bytes cannot land on the new one's, because one endpoint's
- * writes land in the order in which the worker posts them.
+ * A push that is closed while it is under way gives the inbox to the worker's
+ * next push. Notices of the old one are told apart by their value; its bytes
+ * cannot land on the new one's, because a worker begins a push only when all
+ * writes of the one before have completed, and takes one back only then. A
+ * network that repeats a write repeats its notice: each slice counts once.
  *
  * Everything that comes from a worker is checked before it has effect. What
  * cannot be is refused with a reason and ends the connection.
@@ -27,6 +28,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <string.h>
 
 #define WHERE_ALIGN CACHE_LINE
 
@@ -66,11 +68,6 @@ static struct coverage *coverage_of(struct peer *p, const struct offer *o)
 	return &p->shard->track[o->piece].coverage;
 }
 
-static bool in_place(const struct shard *s)
-{
-	return s->fab_ops->maps;
-}
-
 /* ----------------------------------------------------------------- answers */
 
 static void answer(struct peer *p, uint64_t offer, enum offer_verdict verdict)
@@ -97,6 +94,7 @@ static void next_turn(struct peer *p)
 	first->slices =
 		(uint32_t)((p->shard->store.piece[first->piece].n * sizeof(float) + PUSH_SLICE - 1) / PUSH_SLICE);
 	first->slices_seen = 0;
+	memset(p->slices_seen, 0, (first->slices + 63) / 64 * sizeof(uint64_t));
 	first->imm = p->next_imm;
 	p->next_imm += first->slices;
 	p->filling = (uint32_t)(first - p->offer);
@@ -135,7 +133,7 @@ void inbox_verdict(struct shard *s, uint64_t handle, enum offer_verdict verdict)
 		finish(p, o, verdict);
 		return;
 	}
-	assert(!in_place(s) && o->stage == OFFER_OPEN);
+	assert(!p->in_place && o->stage == OFFER_OPEN);
 	o->stage = OFFER_TURN;
 	o->order = p->grants++;
 	next_turn(p);
@@ -148,9 +146,9 @@ struct fold_operand inbox_operand(struct shard *s, uint64_t handle)
 
 	assert(o->stage == OFFER_OPEN || o->stage == OFFER_FILLING);
 	o->stage = OFFER_FOLDING;
-	if (in_place(s))
+	if (p->in_place)
 		return (struct fold_operand){ .at = (const float *)(p->gradients_at + o->where), .flat = true };
-	return (struct fold_operand){ .at = s->fab_ops->region_addr(p->inbox) };
+	return (struct fold_operand){ .at = p->fabric->ops->region_addr(p->inbox) };
 }
 
 void inbox_taken(struct shard *s, uint64_t handle)
@@ -166,7 +164,7 @@ void inbox_taken(struct shard *s, uint64_t handle)
 
 static int take_up(struct peer *p, struct offer *o)
 {
-	int rc = coverage_offer(coverage_of(p, o), handle_of(p, o), o->node, in_place(p->shard), o->wanted);
+	int rc = coverage_offer(coverage_of(p, o), handle_of(p, o), o->node, p->in_place, o->wanted);
 
 	if (rc) {
 		release(p, o);
@@ -182,7 +180,7 @@ static bool where_is_good(const struct peer *p, const struct msg_offer *m)
 {
 	uint64_t bytes = p->shard->table.unit[m->unit].n * sizeof(float);
 
-	if (!in_place(p->shard))
+	if (!p->in_place)
 		return true;
 	return m->where % WHERE_ALIGN == 0 && bytes <= p->gradients_bytes && m->where <= p->gradients_bytes - bytes;
 }
@@ -337,11 +335,13 @@ void inbox_withdraw_all(struct peer *p)
 void inbox_notice(struct peer *p, uint32_t imm)
 {
 	struct offer *o = p->filling == PEER_NONE ? NULL : &p->offer[p->filling];
+	uint32_t slice = o ? imm - o->imm : 0;
 
-	if (!o || o->stage != OFFER_FILLING || imm - o->imm >= o->slices || o->slices_seen == o->slices) {
+	if (!o || o->stage != OFFER_FILLING || slice >= o->slices || p->slices_seen[slice / 64] >> slice % 64 & 1) {
 		count(&p->shard->count.notices_stale, 1);
 		return;
 	}
+	p->slices_seen[slice / 64] |= UINT64_C(1) << slice % 64;
 	if (++o->slices_seen < o->slices)
 		return;
 	count(&p->shard->count.push_bytes, p->shard->store.piece[o->piece].n * sizeof(float));

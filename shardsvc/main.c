@@ -33,10 +33,11 @@ static void register_metrics(struct shard *s)
 	metrics_add(m, "mesh_offers_early_total", "came before the step was open here", &c->early);
 	metrics_add(m, "mesh_grants_total", "pushes granted", &c->grants);
 	metrics_add(m, "mesh_push_bytes_total", "bytes of complete pushes", &c->push_bytes);
-	metrics_add(m, "mesh_notices_stale_total", "notices of pushes taken back", &c->notices_stale);
+	metrics_add(m, "mesh_notices_stale_total", "notices of pushes taken back, or repeated", &c->notices_stale);
 	metrics_add(m, "mesh_starved_total", "times the coordinator was told what is missing", &c->starved);
 	metrics_add(m, "mesh_steps_applied_total", "versions made", &c->steps_applied);
 	metrics_add(m, "mesh_workers_dropped_total", "connections dropped for cause", &c->peers_dropped);
+	metrics_add(m, "mesh_fabric_refusals_total", "providers not given to workers", &c->fabrics_refused);
 	metrics_add(m, "mesh_export_bytes_total", "parameters read by the coordinator", &c->exports);
 	metrics_add(m, "mesh_folds_total", "passes of additions", &s->data.folds);
 	metrics_add(m, "mesh_fold_bytes_total", "memory read and written by them", &s->data.fold_bytes);
@@ -238,6 +239,7 @@ static int read_command_line(struct shard *s, int argc, char **argv, bool *servi
 		  .out = &s->run_dir,
 		  .arg = "DIR",
 		  .help = "where partial sums that do not fit memory go (the job's run directory)" },
+		FAB_FLAG_OPTS(s->fabric_flags),
 		{ .name = "log-level",
 		  .kind = OPT_STR,
 		  .out = &f.log_level,

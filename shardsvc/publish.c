@@ -6,10 +6,13 @@
  *
  * A worker that has proven itself may still be unknown to us, because our view
  * of the members travels on another connection, or come before we know our
- * pages; then it waits. FABRIC carries an address that is good for one
- * connection of the fabric; once that stands, REGIONS goes both ways with the
- * descriptors of memory, and ATTACHED when the other's is imported. Messages
- * and fabric events arrive by different ways, so either may be first.
+ * pages; then it waits. In OPENING it asks for one provider of the fabric after
+ * another: FABRIC carries an address that is good for one connection,
+ * FABRIC_REFUSED the reason why not; what it asks for next replaces what it
+ * asked for before, and only the last one's events count. When it is connected
+ * to all shard services it knows whether it maps or copies, and sends REGIONS;
+ * ours follows, and ATTACHED when what was announced is imported. Messages and
+ * fabric events arrive by different ways, so either may be first.
  *
  * The end is the delicate part. When the connection is lost (the worker died,
  * was evicted, or broke the protocol) its offers are taken back, but jobs that
@@ -27,6 +30,7 @@
 #define EVENTS_AT_ONCE 64
 #define SLOT_BITS 16
 
+static_assert(sizeof(((struct msg_fabric *)0)->provider) == sizeof(((struct peer *)0)->provider), "copied whole");
 static_assert(PEERS_MAX <= 1u << SLOT_BITS, "a slot fits a serial number");
 
 static void count(_Atomic uint64_t *c, uint64_t n)
@@ -77,25 +81,93 @@ static bool is_member(const struct shard *s, uint32_t member)
 	return false;
 }
 
+static bool is_here(const struct shard *s, uint32_t member)
+{
+	for (uint32_t i = 0; i < s->n_live; i++)
+		if (s->live[i] == member)
+			return s->live_here[i];
+	return false;
+}
+
+/* The one that was tried before was not to the worker's liking, or did not connect. */
+static void leave_fabric(struct peer *p)
+{
+	if (p->ep)
+		p->fabric->ops->disconnect(p->ep);
+	p->ep = NULL;
+	p->fabric = NULL;
+}
+
+static void refuse_provider(struct peer *p, const char *reason)
+{
+	struct msg_fabric_refused m = { .provider = "" };
+
+	snprintf(m.provider, sizeof(m.provider), "%s", p->provider);
+	snprintf(m.reason, sizeof(m.reason), "%s", reason);
+	log_info(&p->shard->log, "%s is not served by %s: %s", conn_peer_text(p->conn), m.provider, reason);
+	count(&p->shard->count.fabrics_refused, 1);
+	peer_send(p, WIRE_FABRIC_REFUSED, &m);
+}
+
 /* The worker waits until we know it and our pages. */
 static void try_open(struct peer *p)
 {
 	struct shard *s = p->shard;
 	struct msg_fabric m = { .address = { 0 } };
 	struct fab_blob address;
+	struct err e = { 0 };
 	int rc;
 
-	if (p->state != PEER_WAITING || p->closing || !s->prepared || !is_member(s, p->member))
+	if (p->state < PEER_WAITING || p->closing || !p->wanted[0] || !s->prepared || !is_member(s, p->member))
 		return;
-	rc = s->fab_ops->address(s->fab, p->serial, &address);
+	p->state = PEER_OPENING;
+	leave_fabric(p);
+	memcpy(p->provider, p->wanted, sizeof(p->provider));
+	p->wanted[0] = '\0';
+	rc = fabrics_get(s, p->provider, is_here(s, p->member), &p->fabric, &e);
+	if (!rc)
+		rc = p->fabric->ops->address(p->fabric->fab, p->serial, &address);
 	if (rc) {
-		peer_refuse(p, "no address of the fabric for it: %s", strerror(-rc));
+		p->fabric = NULL;
+		refuse_provider(p, e.text[0] ? e.text : strerror(-rc));
 		return;
 	}
-	snprintf(m.provider, sizeof(m.provider), "%s", s->fab_ops->name);
+	memcpy(m.provider, p->provider, sizeof(m.provider));
 	m.address = (struct wire_blob){ .data = address.data, .bytes = address.bytes };
-	p->state = PEER_OPENING;
 	peer_send(p, WIRE_FABRIC, &m);
+}
+
+static int on_want(struct peer *p, const struct msg_fabric_want *m)
+{
+	if (p->state < PEER_WAITING || p->state > PEER_OPENING || p->has_regions || p->wanted[0] || !m->provider[0])
+		return peer_refuse(p, "FABRIC_WANT out of turn");
+	memcpy(p->wanted, m->provider, sizeof(p->wanted));
+	try_open(p);
+	return 0;
+}
+
+static int on_signal(struct peer *p, const struct msg_signal *m)
+{
+	struct fab_blob blob = { .bytes = m->data.bytes };
+	int rc;
+
+	/* Of one that it has given up, before it heard of that. */
+	if (!p->fabric || strcmp(p->provider, m->provider) != 0)
+		return 0;
+	if (!p->fabric->ops->signal || blob.bytes > sizeof(blob.data))
+		return peer_refuse(p, "SIGNAL of %u bytes for %s", m->data.bytes, p->provider);
+	if (blob.bytes)
+		memcpy(blob.data, m->data.data, blob.bytes);
+	rc = p->fabric->ops->signal(p->fabric->fab, p->serial, &blob);
+	return rc ? peer_refuse(p, "SIGNAL for %s: %s", p->provider, strerror(-rc)) : 0;
+}
+
+static void carry_signal(struct peer *p, const struct fab_blob *blob)
+{
+	struct msg_signal m = { .data = { .data = blob->data, .bytes = blob->bytes } };
+
+	memcpy(m.provider, p->provider, sizeof(m.provider));
+	peer_send(p, WIRE_SIGNAL, &m);
 }
 
 /* An inbox for pushes, where gradients are not read in place: this worker's alone, and never another's. */
@@ -105,32 +177,39 @@ static int open_inbox(struct peer *p, struct fab_blob *out)
 	const struct fab_region_attr attr = {
 		.name = "inbox",
 		.memory = FAB_HOST,
-		.bytes = (s->plan.inbox_elements ? s->plan.inbox_elements : 1) * sizeof(float),
+		.bytes = (s->inbox_elements ? s->inbox_elements : 1) * sizeof(float),
 		.access = FAB_REMOTE_WRITE,
 	};
 	struct err e = { 0 };
-	int rc = s->fab_ops->region_open(s->fab, &attr, &p->inbox, &e);
+	int rc = p->fabric->ops->region_open(p->fabric->fab, &attr, &p->inbox, &e);
 
 	if (rc)
 		return peer_refuse(p, "no inbox for it: %s", e.text);
+	p->slices_seen = calloc(attr.bytes / PUSH_SLICE / 64 + 1, sizeof(uint64_t));
+	if (!p->slices_seen)
+		return peer_refuse(p, "out of memory");
 	service_inbox_opened(s);
-	rc = s->fab_ops->export_region(p->ep, p->inbox, out);
+	rc = p->fabric->ops->export_region(p->ep, p->inbox, out);
 	return rc ? peer_refuse(p, "its inbox cannot be exported: %s", strerror(-rc)) : 0;
 }
 
+/* It has said what it does, and its endpoint is there. */
 static void send_regions(struct peer *p)
 {
-	struct shard *s = p->shard;
 	struct fab_blob parameters, inbox = { 0 };
 	struct msg_regions m = { .parameters = { 0 } };
-	int rc = s->fab_ops->export_region(p->ep, s->parameters, &parameters);
+	int rc;
 
+	if (p->state != PEER_OPENING || !p->has_regions || !p->ep || p->closing)
+		return;
+	rc = p->fabric->ops->export_region(p->ep, p->fabric->parameters, &parameters);
 	if (rc) {
 		peer_refuse(p, "the parameters cannot be exported: %s", strerror(-rc));
 		return;
 	}
-	if (!s->fab_ops->maps && open_inbox(p, &inbox))
+	if (!p->in_place && open_inbox(p, &inbox))
 		return;
+	m.in_place = p->in_place;
 	m.parameters = (struct wire_blob){ .data = parameters.data, .bytes = parameters.bytes };
 	m.inbox = (struct wire_blob){ .data = inbox.data, .bytes = inbox.bytes };
 	p->state = PEER_EXCHANGE;
@@ -139,7 +218,7 @@ static void send_regions(struct peer *p)
 
 static int map_gradients(struct peer *p)
 {
-	const struct fab_ops *f = p->shard->fab_ops;
+	const struct fab_ops *f = p->fabric->ops;
 	void *at;
 	int rc;
 
@@ -160,12 +239,12 @@ static int map_gradients(struct peer *p)
 static void try_attach(struct peer *p)
 {
 	struct shard *s = p->shard;
-	const struct msg_attached m = { .in_place = s->fab_ops->maps };
+	const struct msg_attached m = { .in_place = p->in_place };
 	int rc = 0;
 
-	if (p->state != PEER_EXCHANGE || !p->has_regions || p->closing)
+	if (p->state != PEER_EXCHANGE || p->closing)
 		return;
-	if (s->fab_ops->maps)
+	if (p->in_place)
 		rc = map_gradients(p);
 	if (rc == -EAGAIN)
 		return;
@@ -174,24 +253,28 @@ static void try_attach(struct peer *p)
 		return;
 	}
 	p->state = PEER_ATTACHED;
-	log_info(&s->log, "%s is attached: gradients are %s", conn_peer_text(p->conn),
+	log_info(&s->log, "%s is attached by %s: gradients are %s", conn_peer_text(p->conn), p->provider,
 		 m.in_place ? "read in place" : "pushed into its inbox");
 	peer_send(p, WIRE_ATTACHED, &m);
 }
 
 static int on_regions(struct peer *p, const struct msg_regions *m)
 {
-	bool maps = p->shard->fab_ops && p->shard->fab_ops->maps;
+	bool in_place = m->in_place != 0;
 
-	if (p->state < PEER_OPENING || p->has_regions)
+	if (p->state != PEER_OPENING || p->has_regions || !p->fabric)
 		return peer_refuse(p, "REGIONS out of turn");
-	if (m->gradients.bytes > FAB_BLOB_MAX || (m->gradients.bytes > 0) != maps)
+	if (in_place && !p->fabric->ops->maps)
+		return peer_refuse(p, "it wants gradients read in place over %s", p->provider);
+	if (m->gradients.bytes > FAB_BLOB_MAX || (m->gradients.bytes > 0) != in_place)
 		return peer_refuse(p, "REGIONS with %u bytes of gradient descriptor where gradients are %s",
-				   m->gradients.bytes, maps ? "read in place" : "pushed");
+				   m->gradients.bytes, in_place ? "read in place" : "pushed");
 	if (m->gradients.bytes)
 		memcpy(p->gradients_blob.data, m->gradients.data, m->gradients.bytes);
 	p->gradients_blob.bytes = m->gradients.bytes;
+	p->in_place = in_place;
 	p->has_regions = true;
+	send_regions(p);
 	try_attach(p);
 	return 0;
 }
@@ -200,8 +283,8 @@ static int on_attached(struct peer *p, const struct msg_attached *m)
 {
 	if (p->state < PEER_EXCHANGE)
 		return peer_refuse(p, "ATTACHED out of turn");
-	if ((m->in_place != 0) != p->shard->fab_ops->maps)
-		return peer_refuse(p, "it wants gradients %s, we do not", m->in_place ? "read in place" : "pushed");
+	if ((m->in_place != 0) != p->in_place)
+		return peer_refuse(p, "it changed its mind: gradients %s", m->in_place ? "read in place" : "pushed");
 	return 0;
 }
 
@@ -237,6 +320,10 @@ static int on_message(struct conn *c, const struct wire_header *h, const union w
 	if (p->closing)
 		return 0;
 	switch (h->type) {
+	case WIRE_FABRIC_WANT:
+		return on_want(p, &m->fabric_want);
+	case WIRE_SIGNAL:
+		return on_signal(p, &m->signal);
 	case WIRE_REGIONS:
 		return on_regions(p, &m->regions);
 	case WIRE_ATTACHED:
@@ -261,7 +348,7 @@ static void on_closed(struct conn *c, int status, const char *text, void *ctx)
 void peer_settle(struct peer *p)
 {
 	struct shard *s = p->shard;
-	const struct fab_ops *f = s->fab_ops;
+	const struct fab_ops *f = p->fabric ? p->fabric->ops : NULL;
 
 	assert(p->state == PEER_GONE && !p->conn);
 	if (p->n_offers)
@@ -272,6 +359,7 @@ void peer_settle(struct peer *p)
 		f->disconnect(p->ep);
 	if (p->inbox)
 		f->region_close(p->inbox);
+	free(p->slices_seen);
 	s->peer[p->slot] = NULL;
 	free(p);
 }
@@ -335,36 +423,6 @@ void publish_members(struct shard *s)
 
 /* ------------------------------------------------------------------ fabric */
 
-static void register_metrics(struct shard *s)
-{
-	const struct fab_counters *c = s->fab_ops->counters(s->fab);
-	struct metrics *m = &s->metrics;
-
-	metrics_add(m, "mesh_fabric_connects_total", "endpoints that came up", &c->connects);
-	metrics_add(m, "mesh_fabric_notices_total", "slices of pushes that arrived", &c->notices);
-	metrics_add(m, "mesh_fabric_mapped_bytes_total", "memory of workers mapped here", &c->mapped_bytes);
-	metrics_add(m, "mesh_fabric_errors_total", "operations and connections that failed", &c->errors);
-}
-
-int publish_open(struct shard *s, struct err *e)
-{
-	const struct fab_config cfg = { .log = &s->log, .job = s->self.job, .member = s->self.member };
-	const char *provider;
-	char reason[160];
-	int rc = fab_choose(s->job.fabric, &provider, reason, e);
-
-	if (rc)
-		return rc;
-	log_info(&s->log, "fabric %s (%s)", provider, reason);
-	s->fab_ops = fab_provider(provider);
-	if (!s->fab_ops)
-		return err_set(e, -ENOTSUP, "fabric %s is not in this build", provider);
-	rc = s->fab_ops->open(&cfg, &s->fab, e);
-	if (!rc)
-		register_metrics(s);
-	return rc;
-}
-
 static struct peer *peer_of(struct shard *s, uint64_t serial)
 {
 	uint32_t slot = (uint32_t)(serial & ((1u << SLOT_BITS) - 1));
@@ -372,14 +430,33 @@ static struct peer *peer_of(struct shard *s, uint64_t serial)
 	return slot < s->n_slots && s->peer[slot] && s->peer[slot]->serial == serial ? s->peer[slot] : NULL;
 }
 
-static void on_event(struct shard *s, const struct fab_event *ev)
+/* Its endpoint is no more: while it tries providers, the next may do; later it is the end of it. */
+static void on_down(struct peer *p, const struct fab_event *ev)
 {
-	struct peer *p = peer_of(s, ev->user);
+	if (!p->conn || p->closing || p->ep != ev->ep)
+		return;
+	log_info(&p->shard->log, "%s: its fabric connection by %s is lost: %s", conn_peer_text(p->conn), p->provider,
+		 strerror(-ev->status));
+	if (p->state == PEER_OPENING && !p->has_regions)
+		leave_fabric(p);
+	else
+		peer_close(p, "its fabric connection is lost");
+}
 
+static void on_event(struct fabric *f, const struct fab_event *ev)
+{
+	struct peer *p = peer_of(f->shard, ev->user);
+
+	/* Of a peer that is gone, or that tries another provider by now: its endpoint went with it. */
+	if (!p || p->fabric != f) {
+		if (ev->type == FAB_EV_ACCEPTED)
+			f->ops->disconnect(ev->ep);
+		return;
+	}
 	switch (ev->type) {
 	case FAB_EV_ACCEPTED:
-		if (!p || p->state != PEER_OPENING || p->closing) {
-			s->fab_ops->disconnect(ev->ep);
+		if (p->state != PEER_OPENING || p->ep || p->closing) {
+			f->ops->disconnect(ev->ep);
 			return;
 		}
 		p->ep = ev->ep;
@@ -387,39 +464,51 @@ static void on_event(struct shard *s, const struct fab_event *ev)
 		try_attach(p);
 		break;
 	case FAB_EV_NOTICE:
-		if (p && p->state == PEER_ATTACHED)
+		if (p->state == PEER_ATTACHED)
 			inbox_notice(p, ev->imm);
 		break;
+	case FAB_EV_SIGNAL:
+		carry_signal(p, ev->blob);
+		break;
 	case FAB_EV_DOWN:
-		/* Of one that is gone: its endpoint went with it. One that dies is often noticed here first. */
-		if (p && !p->closing && p->conn) {
-			log_info(&s->log, "%s: its fabric connection is lost: %s", conn_peer_text(p->conn),
-				 strerror(-ev->status));
-			peer_close(p, "its fabric connection is lost");
-		}
+		on_down(p, ev);
 		break;
 	case FAB_EV_CONNECTED:
 	case FAB_EV_READ:
 	case FAB_EV_WRITE:
-	case FAB_EV_SIGNAL:
 		assert(!"a shard service connects to nobody and posts nothing");
 		break;
 	}
 }
 
-void publish_poll(struct shard *s)
+static void poll_one(struct fabric *f)
 {
 	struct fab_event ev[EVENTS_AT_ONCE];
 	uint32_t n;
 
+	while ((n = f->ops->poll(f->fab, ev, EVENTS_AT_ONCE)) > 0)
+		for (uint32_t i = 0; i < n; i++)
+			on_event(f, &ev[i]);
+}
+
+static bool arm_all(struct shard *s)
+{
+	bool armed = true;
+
+	for (uint32_t i = 0; i < s->n_fabrics; i++)
+		armed &= s->fabric[i].ops->arm(s->fabric[i].fab);
+	return armed;
+}
+
+void publish_poll(struct shard *s)
+{
 	do {
-		while ((n = s->fab_ops->poll(s->fab, ev, EVENTS_AT_ONCE)) > 0)
-			for (uint32_t i = 0; i < n; i++)
-				on_event(s, &ev[i]);
+		for (uint32_t i = 0; i < s->n_fabrics; i++)
+			poll_one(&s->fabric[i]);
 		for (uint32_t i = 0; i < s->n_slots; i++)
 			if (s->peer[i])
 				try_attach(s->peer[i]);
-	} while (!s->fab_ops->arm(s->fab));
+	} while (!arm_all(s));
 }
 
 /* The data thread has stopped, the loop too: nothing refers to anything any more. */
@@ -438,8 +527,5 @@ void publish_close(struct shard *s)
 		peer_settle(p);
 	}
 	conn_listener_free(s->listener);
-	if (s->parameters)
-		s->fab_ops->region_close(s->parameters);
-	if (s->fab)
-		s->fab_ops->close(s->fab);
+	fabrics_close(s);
 }

@@ -202,8 +202,10 @@ static void send_vote(struct shard *s)
 	static_assert(sizeof(words) == sizeof(m.square_sum), "an exact sum travels as its words");
 	exact_sum_clear(&sum);
 	for (uint32_t u = 0; u < s->table.n_units; u++)
-		if (s->store.unit[u].n_pieces)
+		if (s->store.unit[u].n_pieces) {
 			exact_sum_merge(&sum, &s->data.square_sum[u]);
+			m.trouble_units = s->data.square_sum[u].non_finite ? u + 1 : m.trouble_units;
+		}
 	for (uint32_t i = 0; i < EXACT_SUM_WORDS; i++)
 		words[i] = htole64(sum.w[i]);
 	words[EXACT_SUM_WORDS] = htole64(sum.non_finite);

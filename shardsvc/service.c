@@ -75,7 +75,7 @@ static int on_welcome(void *ctx, const struct msg_welcome *w, struct err *e)
 	s->data.weights = s->job.weights;
 	log_info(&s->log, "member %u of job %s: state arithmetic on %u threads with %s (%s); the job's profile is %s",
 		 w->member, s->self.job, s->data.threads, s->data.profile.text, reason, w->profile);
-	return publish_open(s, e);
+	return fabrics_open(s, e);
 }
 
 /* ----------------------------------------------------------------- prepare */
@@ -95,6 +95,9 @@ static int map_pages(struct shard *s, uint32_t *shards, struct err *e)
 	rc = page_map_init(&s->map, &s->table, shards, s->n_shards, s->job.max_owners_per_unit);
 	if (!rc)
 		rc = store_init(&s->store, &s->table, &s->map, s->self.member);
+	for (uint32_t u = 0; u < s->table.n_units && !rc; u++)
+		if (s->store.unit[u].share.n > s->inbox_elements)
+			s->inbox_elements = s->store.unit[u].share.n;
 	return rc ? err_set(e, rc, "page map of %u shard services: %s", s->n_shards, strerror(-rc)) : 0;
 }
 
@@ -102,12 +105,12 @@ static int make_plan(struct shard *s, struct err *e)
 {
 	const struct shard_place place = { .n_workers = s->n_workers,
 					   .threads = s->data.threads,
-					   .mapped = s->fab_ops->maps };
+					   .mapped = s->one_host && fabrics_may_map(s) };
 	int rc = shard_memory_plan(&s->job, &s->table, &s->map, s->self.member, s->batch.n_micro, &place, &s->plan, e);
 
 	if (rc)
 		return rc;
-	s->n_inboxes_planned = s->n_workers;
+	s->n_inboxes_planned = place.mapped ? 0 : s->n_workers;
 	mem_plan_log(&s->log, &s->plan.mem);
 	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
 	return 0;
@@ -124,7 +127,7 @@ static uint32_t count_inboxes(const struct shard *s)
 
 void service_inbox_opened(struct shard *s)
 {
-	uint64_t bytes = s->plan.inbox_elements * sizeof(float);
+	uint64_t bytes = s->inbox_elements * sizeof(float);
 	uint32_t n = count_inboxes(s);
 	char each[24], all[24];
 
@@ -133,8 +136,8 @@ void service_inbox_opened(struct shard *s)
 	s->n_inboxes_planned = n;
 	mem_plan_grow(&s->plan.mem, "inboxes", bytes);
 	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
-	log_info(&s->log, "memory plan: one more inbox, %s: a worker joined beyond the %u asked for; %s in all",
-		 bytes_text(bytes, each), s->n_workers, bytes_text(s->plan.mem.total, all));
+	log_info(&s->log, "memory plan: one more inbox, %s: a worker pushes that was not planned for; %s in all",
+		 bytes_text(bytes, each), bytes_text(s->plan.mem.total, all));
 }
 
 static uint32_t log2_ceil(uint32_t n)
@@ -180,15 +183,14 @@ static int open_sums(struct shard *s, struct err *e)
 
 static int allocate(struct shard *s, struct err *e)
 {
-	struct fab_region_attr attr = { .name = "parameters", .memory = FAB_HOST, .access = FAB_REMOTE_READ };
-	int rc;
+	uint64_t bytes = page_map_share_bytes(&s->map, &s->table, s->self.member, s->table.n_units);
+	void *at;
+	int rc = fabrics_parameters(s, bytes, &at, e);
 
-	attr.bytes = page_map_share_bytes(&s->map, &s->table, s->self.member, s->table.n_units);
-	rc = s->fab_ops->region_open(s->fab, &attr, &s->parameters, e);
 	if (rc)
 		return rc;
-	atomic_store(&s->count.shard_bytes, attr.bytes);
-	rc = store_allocate(&s->store, s->fab_ops->region_addr(s->parameters), e);
+	atomic_store(&s->count.shard_bytes, bytes);
+	rc = store_allocate(&s->store, at, e);
 	if (!rc)
 		rc = open_sums(s, e);
 	if (rc)
@@ -209,13 +211,6 @@ static void on_done(evutil_socket_t fd, short what, void *ctx)
 		while (!s->over && data_reap(&s->data, &d))
 			reduce_done(s, &d);
 	} while (!s->over && !ring_arm(&s->data.done));
-}
-
-static void on_fabric(evutil_socket_t fd, short what, void *ctx)
-{
-	(void)fd;
-	(void)what;
-	publish_poll(ctx);
 }
 
 static int add_event(struct shard *s, struct event **ev, int fd, event_callback_fn fn, struct err *e)
@@ -243,7 +238,7 @@ static int prepare(struct shard *s, uint32_t *shards, struct err *e)
 	if (!rc)
 		rc = add_event(s, &s->done_event, s->data.done.event_fd, on_done, e);
 	if (!rc)
-		rc = add_event(s, &s->fab_event, s->fab_ops->fd(s->fab), on_fabric, e);
+		rc = fabrics_watch(s, e);
 	if (rc)
 		return rc;
 	s->prepared = true;
@@ -253,18 +248,31 @@ static int prepare(struct shard *s, uint32_t *shards, struct err *e)
 	return 0;
 }
 
+static uint64_t our_host(const struct shard *s, const struct member_table *t)
+{
+	for (uint32_t i = 0; i < t->n; i++)
+		if (t->member[i].member == s->self.member)
+			return t->member[i].host_id;
+	return 0;
+}
+
 static void on_members(void *ctx, const struct member_table *t)
 {
 	struct shard *s = ctx;
+	uint64_t host = our_host(s, t);
 	uint32_t shards[64], n_shards = 0;
 	struct err e = { 0 };
 
 	s->n_live = 0;
+	s->one_host = true;
 	for (uint32_t i = 0; i < t->n; i++) {
-		if (t->member[i].role == ROLE_WORKER)
+		s->one_host &= t->member[i].host_id == host;
+		if (t->member[i].role == ROLE_WORKER) {
+			s->live_here[s->n_live] = t->member[i].host_id == host;
 			s->live[s->n_live++] = t->member[i].member;
-		else if (t->member[i].role == ROLE_SHARD && n_shards < ARRAY_LEN(shards))
+		} else if (t->member[i].role == ROLE_SHARD && n_shards < ARRAY_LEN(shards)) {
 			shards[n_shards++] = t->member[i].member;
+		}
 	}
 	if (!s->prepared && n_shards == s->n_shards && prepare(s, shards, &e)) {
 		shard_end(s, EXIT_JOB_FAILED, true, "%s", e.text);
@@ -309,8 +317,7 @@ void service_log_memory(struct shard *s)
 	uint64_t own = atomic_load(&s->count.shard_bytes);
 
 	if (s->prepared)
-		mem_plan_log_used(&s->log, &s->plan.mem,
-				  own + count_inboxes(s) * s->plan.inbox_elements * sizeof(float));
+		mem_plan_log_used(&s->log, &s->plan.mem, own + count_inboxes(s) * s->inbox_elements * sizeof(float));
 }
 
 void service_release(struct shard *s)
@@ -318,8 +325,6 @@ void service_release(struct shard *s)
 	data_stop(&s->data);
 	if (s->done_event)
 		event_free(s->done_event);
-	if (s->fab_event)
-		event_free(s->fab_event);
 	publish_close(s);
 	if (!s->welcomed)
 		return;

@@ -263,12 +263,21 @@ struct offer {
 enum peer_state {
 	PEER_GREETING, /* handshake under way */
 	PEER_WAITING,  /* proven, but not in our member table yet, or we have no pages yet */
-	PEER_OPENING,  /* FABRIC is sent; its endpoint is not there yet */
-	PEER_EXCHANGE, /* REGIONS is sent; its own regions are missing or on their way */
+	PEER_OPENING,  /* it tries providers of the fabric; later one is connected, and its REGIONS are waited for */
+	PEER_EXCHANGE, /* REGIONS went both ways; what it announced is on its way */
 	PEER_ATTACHED, /* everything of it is imported, and ATTACHED sent */
 	PEER_GONE,     /* connection lost; memory stays until no job reads it */
 };
+/* A provider of the fabric in use, with the parameters in it: fabric[0] made their memory, the others adopted it. */
 struct shard;
+struct fabric {
+	struct shard *shard;
+	const struct fab_ops *ops;
+	struct fab *fab;
+	struct event *event; /* once we are prepared */
+	struct fab_region *parameters;
+};
+
 struct peer {
 	struct shard *shard;
 	uint32_t slot, member;
@@ -276,9 +285,14 @@ struct peer {
 	enum peer_state state;
 	struct conn *conn; /* NULL when gone */
 	bool closing;      /* conn_close was called */
+	char wanted[32];   /* provider that it asked for, and has no answer yet; "": none */
+	char provider[32]; /* the one it was given an address of */
+	struct fabric *fabric;
 	struct fab_ep *ep;
 	struct fab_region *inbox;
-	bool has_regions; /* its REGIONS came */
+	uint64_t *slices_seen; /* of the push that has the inbox: a bit each, since a notice may come twice */
+	bool has_regions;      /* its REGIONS came: */
+	bool in_place;         /* it maps our memory, and we its gradients */
 	struct fab_blob gradients_blob;
 	struct fab_remote *gradients;
 	const uint8_t *gradients_at;
@@ -313,6 +327,7 @@ enum step_phase {
 struct shard_counters {
 	_Atomic uint64_t offers, covered, closed, taken, grants, push_bytes, notices_stale, early, starved;
 	_Atomic uint64_t steps_applied, shard_bytes, peers_dropped, exports, planned_bytes;
+	_Atomic uint64_t fabrics_refused;
 };
 
 enum { WAIT_OF_CONTROL, WAIT_OF_DATA, SHARD_WAITS };
@@ -324,7 +339,7 @@ struct shard {
 	uint64_t threads_given;
 	struct member_link *link;
 	struct conn_listener *listener;
-	struct event *fab_event, *done_event, *tick_event, *signal_event[2];
+	struct event *done_event, *tick_event, *signal_event[2];
 	struct wait_record waits[SHARD_WAITS];
 	struct metrics metrics;
 	struct shard_counters count;
@@ -335,15 +350,19 @@ struct shard {
 	struct job_config job;
 	struct batch_plan batch;
 	struct unit_table table;
-	const struct fab_ops *fab_ops;
-	struct fab *fab;
+	struct fab_flags fabric_flags; /* laid over the config's */
+	const char *fabric_want;
+	struct fab_options fabric_options;
+	char local_address[64];
+	uint32_t n_fabrics;
+	struct fabric fabric[FAB_CANDIDATES_MAX];
 
 	/* from the first complete view on: our pages */
 	bool prepared, ready;
 	struct page_map map;
 	struct shard_plan plan;
+	uint64_t inbox_elements; /* of each inbox: the largest share of a unit */
 	uint32_t n_inboxes_planned;
-	struct fab_region *parameters;
 	struct store store;
 	struct sum_pool sums;
 	struct data data;
@@ -362,8 +381,10 @@ struct shard {
 	/* workers */
 	uint64_t next_serial;
 	uint32_t n_live;
-	uint32_t live[PEERS_MAX]; /* member ids of workers, as of the last view */
-	uint32_t n_slots;         /* of peer[] that were ever used */
+	uint32_t live[PEERS_MAX];  /* member ids of workers, as of the last view */
+	bool live_here[PEERS_MAX]; /* is it on our host? */
+	bool one_host;             /* all members of the last view are */
+	uint32_t n_slots;          /* of peer[] that were ever used */
 	struct peer *peer[PEERS_MAX];
 
 	bool over;
@@ -402,11 +423,23 @@ void inbox_taken(struct shard *s, uint64_t offer);
 /* The worker is gone: all but what jobs read is taken back. */
 void inbox_withdraw_all(struct peer *p);
 
+/* -------------------------------------------------------------- fabrics.c */
+
+/* What config and flags say of the fabric, and the provider that makes the parameters' memory. */
+int fabrics_open(struct shard *s, struct err *e);
+/* Could workers of this host map our memory? */
+bool fabrics_may_map(const struct shard *s);
+/* The parameters, zeroed: *at. */
+int fabrics_parameters(struct shard *s, uint64_t bytes, void **at, struct err *e);
+/* We are prepared: events of what is open, and of what will be, wake the loop. */
+int fabrics_watch(struct shard *s, struct err *e);
+/* The instance that serves a worker which asks for `name`; e: why it does not get it. */
+int fabrics_get(struct shard *s, const char *name, bool same_host, struct fabric **out, struct err *e);
+void fabrics_close(struct shard *s);
+
 /* -------------------------------------------------------------- publish.c */
 
 int publish_listen(struct shard *s, struct err *e);
-/* Opens the fabric and the parameter region is still to come. */
-int publish_open(struct shard *s, struct err *e);
 /* Workers that wait for a member table or for our pages go on if they can; those that are no members go. */
 void publish_members(struct shard *s);
 /* Takes all events of the fabric. */

@@ -2,11 +2,16 @@
 /*
  * Shard services: from an address in the member table to their memory in ours.
  *
- *   connect, mutual proof -> FABRIC: fabric endpoint -> REGIONS both ways
+ *   connect, mutual proof -> a provider of the fabric (pair.c) -> when all have
+ *   one: in place or copied, the plan, all memory -> REGIONS both ways
  *   -> import, map -> ATTACHED both ways -> (all of them) READY
  *
+ * In place means that every shard service's memory can be mapped. One that
+ * cannot puts all of them into copy mode, those of this host too: units come
+ * whole or not at all, so half a view is of no use.
+ *
  * A descriptor may arrive before what it names (-EAGAIN), so imports are tried
- * again after every poll. Where the provider maps, one flat view a unit is laid
+ * again after every poll. In place, one flat view a unit is laid
  * out in reserved address space and each owner's runs are mapped into it side
  * by side, once: from then on a fetch is a look at the owners' progress words.
  *
@@ -76,9 +81,10 @@ static int open_view(struct worker *w)
 	return 0;
 }
 
-static int connect_peer(struct worker *w, struct peer *p, const struct msg_member *m, struct err *e)
+static int connect_peer(struct worker *w, struct peer *p, const struct msg_member *m, uint64_t our_host, struct err *e)
 {
 	p->w = w;
+	p->same_host = m->host_id == our_host;
 	p->index = (uint32_t)(p - w->attach.peer);
 	p->member = m->member;
 	snprintf(p->name, sizeof(p->name), "shard service %u (pid %u on %.40s)", m->member, m->pid, m->host);
@@ -92,7 +98,7 @@ static int by_id(const void *a, const void *b)
 	return (x->member > y->member) - (x->member < y->member);
 }
 
-static int open_peers(struct worker *w, const struct msg_member **shard, uint32_t n, struct err *e)
+static int open_peers(struct worker *w, const struct msg_member **shard, uint32_t n, uint64_t our_host, struct err *e)
 {
 	struct attach *a = &w->attach;
 	uint32_t *ids = calloc(n, sizeof(*ids));
@@ -112,32 +118,32 @@ static int open_peers(struct worker *w, const struct msg_member **shard, uint32_
 		return err_set(e, rc, "cannot make the page map for %u shard services: %s", n, strerror(-rc));
 	w->have_map = true;
 	for (uint32_t i = 0; i < n && !rc; i++)
-		rc = connect_peer(w, &a->peer[i], shard[i], e);
+		rc = connect_peer(w, &a->peer[i], shard[i], our_host, e);
 	if (rc)
 		return rc;
 	rc = open_owners(w);
-	if (!rc && w->fabric->maps)
-		rc = open_view(w);
-	if (!rc)
-		rc = push_attach(w);
 	return rc ? err_set(e, rc, "cannot lay out %u units: %s", w->table.n_units, strerror(-rc)) : 0;
 }
 
 int attach_open(struct worker *w, const struct member_table *t, struct err *e)
 {
 	const struct msg_member **shard = calloc(w->n_shards, sizeof(const struct msg_member *));
+	uint64_t our_host = 0;
 	uint32_t n = 0;
 	int rc = 0;
 
 	if (!shard)
 		return err_set(e, -ENOMEM, "out of memory");
-	for (uint32_t i = 0; i < t->n && n < w->n_shards; i++)
-		if (t->member[i].role == ROLE_SHARD)
+	for (uint32_t i = 0; i < t->n; i++) {
+		if (t->member[i].role == ROLE_SHARD && n < w->n_shards)
 			shard[n++] = &t->member[i];
+		if (t->member[i].member == w->self.member)
+			our_host = t->member[i].host_id;
+	}
 	if (n == w->n_shards) {
 		qsort(shard, n, sizeof(const struct msg_member *), by_id);
 		wait_begin(&w->waits[WAIT_RECORD_CONTROL], WAIT_CONNECT, 0, 0, 0, shard[0]->member);
-		rc = open_peers(w, shard, n, e);
+		rc = open_peers(w, shard, n, our_host, e);
 	}
 	free(shard);
 	return rc;
@@ -152,11 +158,11 @@ void attach_release(struct worker *w)
 
 		conn_free(p->conn);
 		if (p->ep)
-			w->fabric->disconnect(p->ep);
+			p->fabric->ops->disconnect(p->ep);
 		if (p->parameters)
-			w->fabric->remote_close(p->parameters);
+			p->fabric->ops->remote_close(p->parameters);
 		if (p->inbox)
-			w->fabric->remote_close(p->inbox);
+			p->fabric->ops->remote_close(p->inbox);
 	}
 	if (a->view)
 		munmap(a->view, a->view_bytes);
@@ -210,37 +216,18 @@ static void on_ready(struct conn *c, void *ctx)
 
 	if (conn_role(c) != ROLE_SHARD || conn_member(c) != p->member)
 		control_fail(p->w, EXIT_JOB_FAILED, "at the address of %s answers %s", p->name, conn_peer_text(c));
-}
-
-static int on_fabric(struct peer *p, const struct msg_fabric *m)
-{
-	struct worker *w = p->w;
-	struct fab_blob address = { .bytes = m->address.bytes };
-	int rc;
-
-	if (p->ep || address.bytes > sizeof(address.data))
-		return -EPROTO;
-	if (strcmp(m->provider, w->fabric->name) != 0) {
-		control_fail(w, EXIT_CONFIG, "%s offers the fabric %s, this worker uses %s", p->name, m->provider,
-			     w->fabric->name);
-		return 0;
-	}
-	memcpy(address.data, m->address.data, address.bytes);
-	rc = w->fabric->connect(w->fab, &address, p->index, &p->ep);
-	if (rc)
-		control_fail(w, EXIT_JOB_FAILED, "cannot connect the fabric %s to %s: %s", w->fabric->name, p->name,
-			     strerror(-rc));
-	return 0;
+	else
+		pair_begin(p);
 }
 
 static void send_regions(struct peer *p)
 {
 	struct worker *w = p->w;
-	struct msg_regions m = { .gradients.bytes = 0 };
+	struct msg_regions m = { .in_place = w->in_place };
 	struct fab_blob blob;
 
-	if (w->fabric->maps) {
-		int rc = w->fabric->export_region(p->ep, w->push.region, &blob);
+	if (w->in_place) {
+		int rc = p->fabric->ops->export_region(p->ep, p->fabric->region[MEMORY_GRADIENTS], &blob);
 
 		if (rc) {
 			control_fail(w, EXIT_JOB_FAILED, "cannot give %s access to the gradients: %s", p->name,
@@ -251,6 +238,34 @@ static void send_regions(struct peer *p)
 	}
 	if (p->conn)
 		conn_send(p->conn, WIRE_REGIONS, &m);
+}
+
+/* Connected to all of them: what memory there has to be is known now. */
+static void check_connected(struct worker *w)
+{
+	struct attach *a = &w->attach;
+	struct err e = { 0 };
+	int rc;
+
+	w->in_place = true;
+	for (uint32_t i = 0; i < a->n_peers; i++) {
+		if (!a->peer[i].fabric_up)
+			return;
+		w->in_place &= a->peer[i].fabric->ops->maps;
+	}
+	rc = prepare_memory(w, &e);
+	if (!rc && w->in_place)
+		rc = open_view(w);
+	if (!rc)
+		rc = push_attach(w);
+	if (rc) {
+		control_fail(w, rc == -EINVAL ? EXIT_CONFIG : EXIT_JOB_FAILED, "%s",
+			     e.text[0] ? e.text : strerror(-rc));
+		return;
+	}
+	a->planned = true;
+	for (uint32_t i = 0; i < a->n_peers; i++)
+		send_regions(&a->peer[i]);
 }
 
 static int take_blob(struct fab_blob *out, const struct wire_blob *in)
@@ -267,7 +282,7 @@ static int on_regions(struct peer *p, const struct msg_regions *m)
 {
 	bool inbox = m->inbox.bytes > 0;
 
-	if (p->have_regions || m->parameters.bytes == 0 || inbox == p->w->fabric->maps)
+	if (!p->w->attach.planned || p->have_regions || m->parameters.bytes == 0 || inbox == p->w->in_place)
 		return -EPROTO;
 	if (take_blob(&p->parameters_blob, &m->parameters) || take_blob(&p->inbox_blob, &m->inbox))
 		return -EPROTO;
@@ -280,7 +295,7 @@ static int map_peer(struct worker *w, struct peer *p)
 {
 	struct share share;
 	void *at;
-	int rc = w->fabric->map(p->parameters, 0, PARAM_HEADER, NULL, &at);
+	int rc = p->fabric->ops->map(p->parameters, 0, PARAM_HEADER, NULL, &at);
 
 	if (rc)
 		return rc;
@@ -292,8 +307,8 @@ static int map_peer(struct worker *w, struct peer *p)
 		for (uint32_t i = 0; i < share.n_seg && !rc; i++) {
 			const struct share_seg *s = &share.seg[i];
 
-			rc = w->fabric->map(p->parameters, base + s->share_offset * sizeof(float), s->n * sizeof(float),
-					    w->attach.unit[u] + s->unit_offset, &at);
+			rc = p->fabric->ops->map(p->parameters, base + s->share_offset * sizeof(float),
+						 s->n * sizeof(float), w->attach.unit[u] + s->unit_offset, &at);
 		}
 	}
 	return rc;
@@ -302,17 +317,18 @@ static int map_peer(struct worker *w, struct peer *p)
 static int import(struct worker *w, struct peer *p)
 {
 	uint64_t need = page_map_share_bytes(&w->map, &w->table, p->member, w->table.n_units);
+	const struct fab_ops *ops = p->fabric->ops;
 	int rc = 0;
 
 	if (!p->parameters)
-		rc = w->fabric->import_region(p->ep, &p->parameters_blob, &p->parameters);
+		rc = ops->import_region(p->ep, &p->parameters_blob, &p->parameters);
 	if (!rc && p->inbox_blob.bytes > 0 && !p->inbox)
-		rc = w->fabric->import_region(p->ep, &p->inbox_blob, &p->inbox);
+		rc = ops->import_region(p->ep, &p->inbox_blob, &p->inbox);
 	if (rc)
 		return rc;
-	if (w->fabric->remote_bytes(p->parameters) < need)
+	if (ops->remote_bytes(p->parameters) < need)
 		return -ERANGE;
-	return w->fabric->maps ? map_peer(w, p) : 0;
+	return w->in_place ? map_peer(w, p) : 0;
 }
 
 /* The next one that is waited for, or all are there. */
@@ -339,7 +355,7 @@ static void import_all(struct worker *w)
 {
 	for (uint32_t i = 0; i < w->attach.n_peers; i++) {
 		struct peer *p = &w->attach.peer[i];
-		struct msg_attached m = { .in_place = w->fabric->maps };
+		struct msg_attached m = { .in_place = w->in_place };
 		int rc;
 
 		if (!p->fabric_up || !p->have_regions || p->ours_attached || p->lost)
@@ -369,13 +385,19 @@ static int on_message(struct conn *c, const struct wire_header *h, const union w
 		return 0;
 	switch (h->type) {
 	case WIRE_FABRIC:
-		rc = on_fabric(p, &m->fabric);
+		rc = pair_fabric(p, &m->fabric);
+		break;
+	case WIRE_FABRIC_REFUSED:
+		rc = pair_refused(p, &m->fabric_refused);
+		break;
+	case WIRE_SIGNAL:
+		rc = pair_signal(p, &m->signal);
 		break;
 	case WIRE_REGIONS:
 		rc = on_regions(p, &m->regions);
 		break;
 	case WIRE_ATTACHED:
-		if (p->theirs_attached || !p->ep)
+		if (p->theirs_attached || !p->have_regions || (m->attached.in_place != 0) != p->w->in_place)
 			break;
 		p->theirs_attached = true;
 		check_all(p->w);
@@ -394,15 +416,16 @@ static int on_message(struct conn *c, const struct wire_header *h, const union w
 
 /* -------------------------------------------------------------------- pump */
 
-static void handle(struct worker *w, const struct fab_event *ev)
+static void handle(struct fabric *f, const struct fab_event *ev)
 {
-	struct peer *p;
+	struct worker *w = f->w;
 
 	switch (ev->type) {
 	case FAB_EV_CONNECTED:
-		p = &w->attach.peer[ev->user];
-		p->fabric_up = true;
-		send_regions(p);
+	case FAB_EV_DOWN:
+	case FAB_EV_SIGNAL:
+		if (pair_event(f, ev))
+			check_connected(w);
 		break;
 	case FAB_EV_READ:
 		copy_event(w, ev);
@@ -410,39 +433,58 @@ static void handle(struct worker *w, const struct fab_event *ev)
 	case FAB_EV_WRITE:
 		push_event(w, ev);
 		break;
-	case FAB_EV_DOWN:
-		attach_lost(&w->attach.peer[ev->user], strerror(-ev->status));
-		break;
 	case FAB_EV_ACCEPTED:
 	case FAB_EV_NOTICE:
-	case FAB_EV_SIGNAL:
 		/* This side gives out no address and no inbox. */
 		assert(false);
 		break;
 	}
 }
 
-void attach_pump(struct worker *w)
+/* One turn of every provider: how many events there were. */
+static uint32_t poll_all(struct worker *w)
 {
 	struct fab_event ev[EVENTS];
+	uint32_t all = 0;
+
+	for (uint32_t k = 0; k < w->n_fabrics; k++) {
+		struct fabric *f = &w->fabric[k];
+		uint32_t n = f->ops->poll(f->fab, ev, EVENTS);
+
+		for (uint32_t i = 0; i < n && !w->over; i++)
+			handle(f, &ev[i]);
+		all += n;
+	}
+	return all;
+}
+
+static bool arm_all(struct worker *w)
+{
+	bool armed = true;
+
+	for (uint32_t k = 0; k < w->n_fabrics; k++)
+		armed &= w->fabric[k].ops->arm(w->fabric[k].fab);
+	return armed;
+}
+
+void attach_pump(struct worker *w)
+{
 	uint32_t rounds = 0;
 
-	if (!w->fab || w->pumping || w->over)
+	if (!w->n_fabrics || w->pumping || w->over)
 		return;
 	w->pumping = true;
-	for (;;) {
-		uint32_t n = w->fabric->poll(w->fab, ev, EVENTS);
+	while (!w->over) {
+		uint32_t n = poll_all(w);
 
-		for (uint32_t i = 0; i < n; i++)
-			handle(w, &ev[i]);
 		import_all(w);
 		copy_run(w);
 		push_run(w);
-		if (n == 0 && w->fabric->arm(w->fab))
+		if (n == 0 && arm_all(w))
 			break;
 		/* Others wait for the loop too: heartbeats first of all. */
 		if (++rounds == ROUNDS_MAX) {
-			event_active(w->fab_event, EV_READ, 0);
+			event_active(w->fabric[0].event, EV_READ, 0);
 			break;
 		}
 	}

@@ -252,14 +252,14 @@ static int gradient(void *ctx, uint32_t unit, uint32_t part, float **buffer)
 		return rc;
 	k = (uint32_t)__builtin_ctz(c->free_buffers);
 	c->free_buffers &= ~(1u << k);
-	*buffer = (float *)c->w->fabric->region_addr(c->w->push.region) + k * c->w->push.elements;
+	*buffer = c->w->push.memory + k * c->w->push.elements;
 	return 0;
 }
 
 static int final(void *ctx, uint32_t unit, uint32_t part, float *buffer)
 {
 	struct compute *c = ctx;
-	const float *base = c->w->fabric->region_addr(c->w->push.region);
+	const float *base = c->w->push.memory;
 	struct report r = { .kind = REPORT_OFFER, .unit = unit, .part = part };
 
 	r.buffer = (uint32_t)((size_t)(buffer - base) / c->w->push.elements);
@@ -286,6 +286,18 @@ static void load_data(struct compute *c)
 	}
 }
 
+static struct trouble find_trouble(struct compute *c)
+{
+	struct trouble t = { 0 };
+	bool of_loss;
+
+	if (net_finite(&c->net, &of_loss, &t.micro, &t.unit))
+		return t;
+	t.kind = of_loss ? TROUBLE_LOSS : TROUBLE_GRADIENT;
+	t.micro += c->now.span.first;
+	return t;
+}
+
 static void run_span(struct compute *c)
 {
 	const struct span_hooks hooks = { border, units, used, gradient, final, c };
@@ -297,6 +309,8 @@ static void run_span(struct compute *c)
 	c->failed_peer = 0;
 	load_data(c);
 	end.status = span_run(&c->net, &c->now.span, c->uses[training], c->n_uses[training], &hooks, &end.loss);
+	if (!end.status)
+		end.trouble = find_trouble(c);
 	all = clock_now_ns() - begin;
 	end.unit = c->failed_unit;
 	end.peer = c->failed_peer;

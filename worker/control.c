@@ -88,9 +88,10 @@ void control_ready(struct worker *w)
 		.data_fingerprint = data_fingerprint(w->data),
 		.planned_bytes = w->plan.mem.total,
 	};
+	char fabrics[64];
 
 	log_info(&w->log, "attached to %u shard services by %s; spans of at most %u micro-batches, activations %s",
-		 w->attach.n_peers, w->fabric->name, w->plan.max_span,
+		 w->attach.n_peers, fabrics_text(w, fabrics), w->plan.max_span,
 		 w->plan.keep_activations ? "kept" : "recomputed");
 	member_link_send(w->link, WIRE_READY, &m);
 }
@@ -125,7 +126,7 @@ static void start_next(struct worker *w)
 	};
 	push_begin(w, &s->lease);
 	control_task(w, &t);
-	if (!w->fabric->maps)
+	if (!w->in_place)
 		copy_begin(w, &s->lease);
 }
 
@@ -143,6 +144,9 @@ static void send_done(struct worker *w, const struct granted_lease *l, const str
 		.seconds_compute = clock_seconds(end->compute_ns),
 		.seconds_fetch = clock_seconds(end->fetch_ns),
 		.seconds_push = clock_seconds(push_ns),
+		.trouble = end->trouble.kind,
+		.trouble_micro = end->trouble.micro,
+		.trouble_unit = end->trouble.unit,
 	};
 
 	count(recalled ? &w->counters.recalled : &w->counters.spans, 1);
@@ -193,7 +197,7 @@ static void cancel_span(struct worker *w)
 	s->cancelled = true;
 	if (!s->ended)
 		control_task(w, &t);
-	if (!w->fabric->maps)
+	if (!w->in_place)
 		copy_cancel(w);
 	push_end(w, true);
 	control_span_check(w);
@@ -221,7 +225,7 @@ static void span_ended(struct worker *w, const struct report *r)
 	s->ended = true;
 	s->end = *r;
 	s->push_since_ns = clock_now_ns();
-	if (!w->fabric->maps)
+	if (!w->in_place)
 		copy_cancel(w);
 	if (r->status == -ESTALE && !s->cancelled) {
 		s->stale = true;
@@ -396,6 +400,11 @@ static void add_metrics(struct worker *w)
 	metrics_add(m, "mesh_offers_total", "contributions offered to shard services", &c->offers);
 	metrics_add(m, "mesh_push_bytes_total", "gradient bytes written to shard services", &c->push_bytes);
 	metrics_add(m, "mesh_push_wait_ns_total", "time waited for buffers and answers", &c->push_wait_ns);
+	metrics_add(m, "mesh_fabric_choices_local_total", "shard services reached by it", &c->chosen[0]);
+	metrics_add(m, "mesh_fabric_choices_local_copy_total", "shard services reached by it", &c->chosen[1]);
+	metrics_add(m, "mesh_fabric_choices_verbs_total", "shard services reached by it", &c->chosen[2]);
+	metrics_add(m, "mesh_fabric_choices_ofi_total", "shard services reached by it", &c->chosen[3]);
+	metrics_add(m, "mesh_fabric_refusals_total", "providers that could not be used", &c->refused);
 	metrics_add(m, "mesh_spans_total", "spans computed", &c->spans);
 	metrics_add(m, "mesh_recalled_total", "spans given back", &c->recalled);
 	metrics_add(m, "mesh_messages_sent_total", "control messages sent", &w->self.messages_sent);

@@ -24,17 +24,19 @@
 
 /* --------------------------------------------------------------- life cycle */
 
-static int open_regions(struct worker *w, struct err *e)
+static int open_memory(struct worker *w, struct err *e)
 {
-	struct copier *c = &w->copier;
-	struct fab_region_attr window = { .name = "window", .memory = FAB_HOST, .access = FAB_LOCAL };
-	struct fab_region_attr words = { .name = "words", .memory = FAB_HOST, .access = FAB_LOCAL };
-	int rc;
+	uint64_t words = (uint64_t)w->n_shards * WORD_STRIDE;
+	void *at;
+	int rc = fabrics_memory(w, MEMORY_WINDOW, "window", w->plan.window_elements * sizeof(float), &at, e);
 
-	window.bytes = w->plan.window_elements * sizeof(float);
-	words.bytes = (uint64_t)w->n_shards * WORD_STRIDE;
-	rc = w->fabric->region_open(w->fab, &window, &c->window, e);
-	return rc ? rc : w->fabric->region_open(w->fab, &words, &c->words, e);
+	if (rc)
+		return rc;
+	w->copier.window = at;
+	rc = fabrics_memory(w, MEMORY_WORDS, "words", words, &at, e);
+	if (!rc)
+		w->copier.words = at;
+	return rc;
 }
 
 static void on_retry(evutil_socket_t fd, short what, void *ctx)
@@ -66,17 +68,13 @@ int copy_open(struct worker *w, struct err *e)
 	cfg.unit_elements = c->unit_elements;
 	if (fetch_init(&c->fetch, &cfg))
 		return err_set(e, -ENOMEM, "out of memory");
-	return open_regions(w, e);
+	return open_memory(w, e);
 }
 
 void copy_release(struct worker *w)
 {
 	struct copier *c = &w->copier;
 
-	if (c->words)
-		w->fabric->region_close(c->words);
-	if (c->window)
-		w->fabric->region_close(c->window);
 	if (c->retry)
 		event_free(c->retry);
 	fetch_release(&c->fetch);
@@ -101,10 +99,9 @@ void copy_cancel(struct worker *w)
 
 static uint64_t read_word(const struct worker *w, const struct peer *p)
 {
-	const uint8_t *words = w->fabric->region_addr(w->copier.words);
 	uint64_t word;
 
-	memcpy(&word, words + (size_t)p->index * WORD_STRIDE, sizeof(word));
+	memcpy(&word, w->copier.words + (size_t)p->index * WORD_STRIDE, sizeof(word));
 	return word;
 }
 
@@ -113,7 +110,7 @@ static void want_word(struct worker *w, struct peer *p)
 {
 	struct fab_op op = {
 		.remote = p->parameters,
-		.local = w->copier.words,
+		.local = p->fabric->region[MEMORY_WORDS],
 		.local_offset = (uint64_t)p->index * WORD_STRIDE,
 		.bytes = sizeof(uint64_t),
 		.user = op_user(OP_WORD, p->index, 0),
@@ -123,7 +120,7 @@ static void want_word(struct worker *w, struct peer *p)
 
 	if (p->word_reading || p->lost)
 		return;
-	if (now < p->word_again_ns || w->fabric->read(p->ep, &op, 1)) {
+	if (now < p->word_again_ns || p->fabric->ops->read(p->ep, &op, 1)) {
 		again.tv_usec = WORD_AGAIN_NS / 1000;
 		event_add(w->copier.retry, &again);
 		return;
@@ -148,7 +145,7 @@ static uint32_t fill_batch(struct worker *w, uint32_t unit, struct peer *p, cons
 		op[n++] = (struct fab_op){
 			.remote = p->parameters,
 			.remote_offset = base + s->share_offset * sizeof(float) + u->byte,
-			.local = w->copier.window,
+			.local = p->fabric->region[MEMORY_WINDOW],
 			.local_offset = (u->offset + s->unit_offset) * sizeof(float) + u->byte,
 			.bytes = bytes,
 			.user = op_user(OP_UNIT, unit, p->index),
@@ -175,7 +172,7 @@ static bool post_share(struct worker *w, uint32_t unit, struct peer *p)
 		uint32_t room = READS_MAX - c->reads;
 		struct fab_op op[BATCH];
 		uint32_t n = fill_batch(w, unit, p, &share, op, room < BATCH ? room : BATCH);
-		int rc = w->fabric->read(p->ep, op, n);
+		int rc = p->fabric->ops->read(p->ep, op, n);
 
 		if (rc) {
 			*u = before;
@@ -242,7 +239,7 @@ static void start_unit(struct worker *w, const struct fetch_action *a)
 
 static void tell_use(struct worker *w, uint32_t use)
 {
-	const float *window = w->fabric->region_addr(w->copier.window);
+	const float *window = w->copier.window;
 	const struct use *u = &w->copier.fetch.uses[use];
 	struct task t = { .kind = TASK_USE, .lease = w->span.lease.id, .use = use };
 

@@ -11,6 +11,7 @@
 struct flags {
 	const char *endpoint, *job, *token_file, *level, *format;
 	uint64_t threads;
+	struct fab_flags fabric;
 	bool help, version;
 };
 
@@ -33,6 +34,7 @@ static int parse_flags(struct flags *f, int argc, char **argv, struct err *e)
 		  .out = &f->threads,
 		  .arg = "N",
 		  .help = "compute threads; 0: as the job's config says" },
+		FAB_FLAG_OPTS(f->fabric),
 		{ .name = "log-level",
 		  .kind = OPT_STR,
 		  .out = &f->level,
@@ -108,6 +110,7 @@ static int join(struct worker *w, const struct flags *f, struct err *e)
 	snprintf(w->self.job, sizeof(w->self.job), "%s", f->job);
 	w->endpoint = f->endpoint;
 	w->threads = (unsigned)f->threads;
+	w->fabric_flags = f->fabric;
 	w->self.base = new_base();
 	return w->self.base ? control_open(w, e) : err_set(e, -ENOMEM, "cannot make an event loop");
 }

@@ -249,4 +249,14 @@ void net_linear_backward(struct net *n, const struct k_linear_backward *shape);
 /* The gradient of dropout(branch): act.dx itself where nothing was dropped. */
 const float *net_branch_gradient(struct net *n, uint32_t layer, enum dropout_site site);
 
+/* ------------------------------------------------------------- trouble.c */
+
+/*
+ * Whether everything of the span just computed is finite, looked at where that
+ * costs next to nothing. False: *micro is the first micro-batch of the span that
+ * is not; *of_loss, whether its loss is not, or only its gradient; and of a loss,
+ * *unit is the first unit whose output is not.
+ */
+bool net_finite(const struct net *n, bool *of_loss, uint32_t *micro, uint32_t *unit);
+
 #endif

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* From WELCOME to a worker whose memory is all taken: config, profile, data, plan, buffers, compute thread. */
+/*
+ * From WELCOME to a worker whose memory is all taken, in two parts: config, profile and data; and, when the fabric is
+ * connected everywhere, so that it is known what is mapped and what is copied, plan, buffers and compute thread.
+ */
 #include "worker/process.h"
 
-#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,7 +41,7 @@ static int make_plan(struct worker *w, uint32_t host_members, struct err *e)
 		.n_shards = w->n_shards,
 		.host_workers = host_members,
 		.threads = w->threads,
-		.mapped = w->fabric->maps,
+		.mapped = w->in_place,
 		.index_bytes = data_memory(w->data),
 	};
 	int rc = worker_memory_plan(&w->config, &w->table, &w->batch, &m, &w->plan, e);
@@ -49,62 +51,14 @@ static int make_plan(struct worker *w, uint32_t host_members, struct err *e)
 	return rc;
 }
 
-/* ------------------------------------------------------------------ fabric */
-
-static void on_fabric(evutil_socket_t fd, short what, void *ctx)
-{
-	(void)fd;
-	(void)what;
-	attach_pump(ctx);
-}
-
-static int choose_fabric(struct worker *w, struct err *e)
-{
-	const char *provider;
-	char reason[160];
-	int rc = fab_choose(w->config.fabric, &provider, reason, e);
-
-	if (rc)
-		return rc;
-	w->fabric = fab_provider(provider);
-	assert(w->fabric);
-	log_info(&w->log, "fabric %s: %s", provider, reason);
-	return 0;
-}
-
-static int open_fabric(struct worker *w, struct err *e)
-{
-	struct fab_config cfg = { .log = &w->log, .job = w->self.job, .member = w->self.member };
-	int rc = w->fabric->open(&cfg, &w->fab, e);
-
-	if (rc)
-		return rc;
-	w->fab_event = event_new(w->self.base, w->fabric->fd(w->fab), EV_READ | EV_PERSIST, on_fabric, w);
-	if (!w->fab_event || event_add(w->fab_event, NULL))
-		return err_set(e, -ENOMEM, "cannot watch the fabric");
-	rc = push_open(w, e);
-	return rc || w->fabric->maps ? rc : copy_open(w, e);
-}
-
-static void add_fabric_metrics(struct worker *w)
-{
-	const struct fab_counters *c = w->fabric->counters(w->fab);
-
-	metrics_add(&w->metrics, "mesh_fabric_reads_total", "one-sided reads", &c->reads);
-	metrics_add(&w->metrics, "mesh_fabric_read_bytes_total", "bytes read one-sided", &c->read_bytes);
-	metrics_add(&w->metrics, "mesh_fabric_writes_total", "one-sided writes", &c->writes);
-	metrics_add(&w->metrics, "mesh_fabric_write_bytes_total", "bytes written one-sided", &c->write_bytes);
-	metrics_add(&w->metrics, "mesh_fabric_mapped_bytes", "peers' memory used in place", &c->mapped_bytes);
-	metrics_add(&w->metrics, "mesh_fabric_errors_total", "failed fabric operations", &c->errors);
-	metrics_add(&w->metrics, "mesh_fabric_connects_total", "fabric connections", &c->connects);
-}
-
 /* --------------------------------------------------------------------- all */
 
 static int open_all(struct worker *w, struct err *e)
 {
-	int rc = open_fabric(w, e);
+	int rc = push_open(w, e);
 
+	if (!rc && !w->in_place)
+		rc = copy_open(w, e);
 	if (!rc)
 		rc = compute_open(w, e);
 	if (!rc)
@@ -124,7 +78,7 @@ int prepare(struct worker *w, const struct msg_welcome *m, struct err *e)
 	if (!rc)
 		rc = read_profile(w, m->profile, e);
 	if (!rc)
-		rc = choose_fabric(w, e);
+		rc = fabrics_options(w, e);
 	if (rc)
 		return rc;
 	/* Only the data tell what their index takes; everything else is planned before it is taken. */
@@ -134,12 +88,15 @@ int prepare(struct worker *w, const struct msg_welcome *m, struct err *e)
 	if (!w->threads)
 		w->threads = worker_threads(&w->config, m->host_members);
 	log_info(&w->log, "math profile %s, %u compute threads", w->profile.text, w->threads);
-	rc = make_plan(w, m->host_members, e);
-	if (!rc)
-		rc = open_all(w, e);
-	if (!rc)
-		add_fabric_metrics(w);
-	return rc;
+	w->host_members = m->host_members;
+	return 0;
+}
+
+int prepare_memory(struct worker *w, struct err *e)
+{
+	int rc = make_plan(w, w->host_members, e);
+
+	return rc ? rc : open_all(w, e);
 }
 
 void prepare_release(struct worker *w)
@@ -149,10 +106,7 @@ void prepare_release(struct worker *w)
 	compute_release(&w->compute);
 	push_release(w);
 	copy_release(w);
-	if (w->fab_event)
-		event_free(w->fab_event);
-	if (w->fab)
-		w->fabric->close(w->fab);
+	fabrics_release(w);
 	if (w->data)
 		data_close(w->data);
 	unit_table_release(&w->table);
@@ -161,15 +115,9 @@ void prepare_release(struct worker *w)
 
 void prepare_report(struct worker *w)
 {
-	uint64_t own = w->push.n_buffers * w->push.elements * sizeof(float);
+	/* In place the gradients are shared memory; in copy mode all of ours is private. */
+	uint64_t own = w->in_place ? w->push.n_buffers * w->push.elements * sizeof(float) : 0;
 
-	if (!w->attach.ready_sent)
-		return;
-	own += w->plan.window_elements * sizeof(float);
-	own += w->push.staging ? PUSH_STAGING_BYTES : 0;
-	if (w->plan.window_elements)
-		log_info(&w->log, "live window: at most %llu parameters at once, of %llu allowed",
-			 (unsigned long long)atomic_load(&w->copier.fetch.live_max),
-			 (unsigned long long)w->plan.window_elements);
-	mem_plan_log_used(&w->log, &w->plan.mem, own);
+	if (w->attach.ready_sent)
+		mem_plan_log_used(&w->log, &w->plan.mem, own);
 }

@@ -2,10 +2,11 @@
 /*
  * The program `worker`: what its files share. main.c: flags, signals, exit;
  * prepare.c: from the job's config to planned memory; control.c: the control
- * thread's view of steps, leases and spans; attach.c: shard services, their
- * fabric and the map of their memory; copy.c: reading units where memory is not
- * shared; push.c: gradients on their way to their owners; compute.c: the thread
- * that computes.
+ * thread's view of steps, leases and spans; attach.c: shard services and the
+ * map of their memory; pair.c: which provider of the fabric serves each of them;
+ * fabrics.c: the providers in use, and our memory in them; copy.c: reading units
+ * where memory is not shared; push.c: gradients on their way to their owners;
+ * compute.c: the thread that computes.
  *
  * Two threads: the control thread owns everything here but struct compute's
  * lower half. They talk by two rings and share no other state, apart from the
@@ -35,10 +36,13 @@
 
 enum { WAIT_RECORD_CONTROL, WAIT_RECORD_COMPUTE, WAIT_RECORDS };
 
+enum { WORKER_PROVIDERS = 4 }; /* that are counted: worker_provider's names */
+
 struct worker_counters {
 	_Atomic uint64_t fetch_units, fetch_bytes, fetch_wait_ns;
 	_Atomic uint64_t offers, push_bytes, push_wait_ns;
 	_Atomic uint64_t spans, recalled;
+	_Atomic uint64_t chosen[WORKER_PROVIDERS], refused; /* providers of the fabric, by shard service */
 };
 
 static inline void count(_Atomic uint64_t *counter, uint64_t n)
@@ -81,6 +85,7 @@ struct report {
 	int status; /* 0; -ECANCELED; -ESTALE: unit was newer at `peer`; -Exxx */
 	uint32_t peer;
 	double loss;
+	struct trouble trouble;
 	uint64_t compute_ns, fetch_ns, push_ns;
 };
 
@@ -108,13 +113,33 @@ struct compute {
 	uint64_t fetch_ns, push_ns;
 };
 
+/* --------------------------------------------------------- the fabric */
+
+/* Our memory that providers know: one memory, a region of it in each provider in use. */
+enum memory_use { MEMORY_GRADIENTS, MEMORY_STAGING, MEMORY_WINDOW, MEMORY_WORDS, MEMORY_USES };
+
+/* A provider in use, for as many shard services as take it. */
+struct fabric {
+	struct worker *w;
+	const struct fab_ops *ops;
+	struct fab *fab;
+	struct event *event;
+	struct fab_region *region[MEMORY_USES];
+};
+
 /* ------------------------------------------------------ shard services */
 
 struct peer {
 	struct worker *w;
 	uint32_t index, member;
+	bool same_host;
 	char name[96];
 	struct conn *conn;
+	/* one provider after another, until one connects */
+	uint32_t n_candidates, tried;
+	struct fab_candidate candidate[FAB_CANDIDATES_MAX];
+	char refusals[512];
+	struct fabric *fabric; /* the one that is tried, or was chosen; NULL: none yet */
 	struct fab_ep *ep;
 	bool fabric_up, have_regions, ours_attached, theirs_attached, lost;
 	struct fab_blob parameters_blob, inbox_blob;
@@ -136,6 +161,7 @@ struct attach {
 	uint8_t *view;      /* mapped: reserved address space, units back to back */
 	uint64_t view_bytes;
 	float **unit; /* mapped: [n_units], inside view */
+	bool planned; /* all are connected, and all memory is there */
 	bool ready_sent;
 };
 
@@ -154,7 +180,8 @@ struct copy_unit {
 struct copier {
 	struct fetch fetch;
 	uint64_t *unit_elements;
-	struct fab_region *window, *words;
+	float *window;
+	uint8_t *words;
 	struct copy_unit *unit;
 	uint32_t *queue; /* units being read, oldest first */
 	uint32_t n_queue, reads;
@@ -169,6 +196,7 @@ struct offer {
 	uint64_t id;
 	enum offer_progress progress;
 	bool wanted, answered;
+	bool withdrawn; /* not to be written (on); WITHDRAW is sent when nothing is in flight */
 	uint32_t buffer, slices, imm;
 };
 
@@ -179,7 +207,8 @@ struct gradient_buffer {
 };
 
 struct push {
-	struct fab_region *region, *staging;
+	float *memory;    /* the buffers */
+	uint8_t *staging; /* PUSH_STAGING_SLOTS slices */
 	uint32_t n_buffers;
 	uint64_t elements; /* of one buffer */
 	uint64_t step;
@@ -230,9 +259,15 @@ struct worker {
 	struct k_profile profile;
 	struct data_set *data;
 
-	const struct fab_ops *fabric;
-	struct fab *fab;
-	struct event *fab_event;
+	struct fab_flags fabric_flags; /* laid over the config's */
+	const char *fabric_want;
+	struct fab_options fabric_options;
+	char local_address[64];
+	uint32_t n_fabrics;
+	struct fabric fabric[FAB_CANDIDATES_MAX];
+	struct arena memory[MEMORY_USES]; /* copied: what providers adopt */
+	uint32_t host_members;
+	bool in_place; /* every shard service's memory is mapped; known when all are connected */
 	bool pumping;
 
 	struct attach attach;
@@ -255,8 +290,10 @@ struct worker {
 
 /* ------------------------------------------------------------- prepare.c */
 
-/* WELCOME: everything up to the compute thread. 0, or -Exxx with e. */
+/* WELCOME: config, profile, data. 0, or -Exxx with e. */
 int prepare(struct worker *w, const struct msg_welcome *m, struct err *e);
+/* in_place is known: the plan, all memory, the compute thread. */
+int prepare_memory(struct worker *w, struct err *e);
 void prepare_release(struct worker *w);
 /* What was planned against what was used. */
 void prepare_report(struct worker *w);
@@ -276,6 +313,30 @@ void control_ready(struct worker *w);
 /* Something of the span was answered: is it over? */
 void control_span_check(struct worker *w);
 void control_task(struct worker *w, const struct task *t);
+
+/* ------------------------------------------------------------- fabrics.c */
+
+/* What config and flags say of the fabric. -EINVAL, -ENOTSUP: e says what is wrong with it. */
+int fabrics_options(struct worker *w, struct err *e);
+/* The instance of a provider, opened when it is the first time. e: why it cannot be. */
+int fabrics_get(struct worker *w, const struct fab_ops *ops, struct fabric **out, struct err *e);
+/* Memory for a use in every provider in use, once in_place is known and nobody is asked for another provider. */
+int fabrics_memory(struct worker *w, enum memory_use use, const char *name, uint64_t bytes, void **at, struct err *e);
+void fabrics_release(struct worker *w);
+/* "local and verbs": what this worker's pairs use. */
+const char *fabrics_text(const struct worker *w, char out[64]);
+/* Which counter a provider has; WORKER_PROVIDERS: none. */
+uint32_t worker_provider(const char *name);
+
+/* ---------------------------------------------------------------- pair.c */
+
+/* The connection stands: asks for the first provider. */
+void pair_begin(struct peer *p);
+int pair_fabric(struct peer *p, const struct msg_fabric *m);
+int pair_refused(struct peer *p, const struct msg_fabric_refused *m);
+int pair_signal(struct peer *p, const struct msg_signal *m);
+/* CONNECTED, DOWN, SIGNAL of an instance. True: the pair has just been connected. */
+bool pair_event(struct fabric *f, const struct fab_event *ev);
 
 /* -------------------------------------------------------------- attach.c */
 

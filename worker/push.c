@@ -19,7 +19,11 @@
  * them at the end of the span.
  *
  * At most one offer at a time is written to an owner, also when an older one
- * was closed in the middle of its writes: its inbox must not get two at once.
+ * was closed in the middle of its writes: its inbox must not get two at once. A
+ * network may repeat a write until it has completed, in another order than it
+ * was posted. So the next push begins only when every write of the one before
+ * has completed; and a push under way is not withdrawn before its posted writes
+ * have completed, since the owner gives the inbox away when it hears of it.
  * A slice that lies in one piece is written from the gradient itself; one that
  * the page map cuts goes through a staging slot.
  */
@@ -38,21 +42,24 @@
 int push_open(struct worker *w, struct err *e)
 {
 	struct push *p = &w->push;
-	struct fab_region_attr gradients = { .name = "gradients", .memory = FAB_HOST };
-	struct fab_region_attr staging = { .name = "staging", .memory = FAB_HOST, .access = FAB_LOCAL };
+	void *at;
 	int rc;
 
 	assert(w->plan.n_gradient_buffers > 0 && w->plan.n_gradient_buffers <= BUFFERS_MAX);
 	p->n_buffers = w->plan.n_gradient_buffers;
 	p->elements = w->plan.gradient_elements;
-	gradients.bytes = p->n_buffers * p->elements * sizeof(float);
-	gradients.access = w->fabric->maps ? FAB_REMOTE_READ : FAB_LOCAL;
-	rc = w->fabric->region_open(w->fab, &gradients, &p->region, e);
-	if (rc || w->fabric->maps)
+	rc = fabrics_memory(w, MEMORY_GRADIENTS, "gradients", p->n_buffers * p->elements * sizeof(float), &at, e);
+	if (rc)
 		return rc;
-	staging.bytes = PUSH_STAGING_BYTES;
+	p->memory = at;
+	if (w->in_place)
+		return 0;
+	rc = fabrics_memory(w, MEMORY_STAGING, "staging", PUSH_STAGING_BYTES, &at, e);
+	if (rc)
+		return rc;
+	p->staging = at;
 	p->staging_free = (1u << PUSH_STAGING_SLOTS) - 1;
-	return w->fabric->region_open(w->fab, &staging, &p->staging, e);
+	return 0;
 }
 
 int push_attach(struct worker *w)
@@ -66,10 +73,6 @@ int push_attach(struct worker *w)
 void push_release(struct worker *w)
 {
 	free(w->push.offer);
-	if (w->push.staging)
-		w->fabric->region_close(w->push.staging);
-	if (w->push.region)
-		w->fabric->region_close(w->push.region);
 }
 
 static struct offer *offer_of(const struct worker *w, uint32_t buffer, uint32_t peer)
@@ -134,16 +137,30 @@ static void send_id(struct peer *p, unsigned type, uint64_t id)
 		attach_lost(p, "it does not read its connection");
 }
 
-/* For every offer of a buffer that is not answered: WANT, or WITHDRAW. */
-static void tell_owners(struct worker *w, uint32_t buffer, unsigned type)
+/* For every offer of a buffer that is not answered. */
+static void want_back(struct worker *w, uint32_t buffer)
 {
 	for (uint32_t i = 0; i < w->attach.n_peers; i++) {
 		struct offer *o = offer_of(w, buffer, i);
 
-		if (o->progress == OFFER_NONE || o->answered || (type == WIRE_WANT && o->wanted))
+		if (o->progress == OFFER_NONE || o->answered || o->wanted)
 			continue;
 		o->wanted = true;
-		send_id(&w->attach.peer[i], type, o->id);
+		send_id(&w->attach.peer[i], WIRE_WANT, o->id);
+	}
+}
+
+static void withdraw_offers(struct worker *w, uint32_t buffer)
+{
+	for (uint32_t i = 0; i < w->attach.n_peers; i++) {
+		struct offer *o = offer_of(w, buffer, i);
+
+		if (o->progress == OFFER_NONE || o->answered || o->withdrawn)
+			continue;
+		o->withdrawn = true;
+		/* Said when the last write has completed. */
+		if (o->progress != OFFER_WRITING)
+			send_id(&w->attach.peer[i], WIRE_WITHDRAW, o->id);
 	}
 }
 
@@ -171,7 +188,7 @@ void push_need(struct worker *w)
 	struct gradient_buffer *b = oldest(&w->push);
 
 	if (b)
-		tell_owners(w, (uint32_t)(b - w->push.buffer), WIRE_WANT);
+		want_back(w, (uint32_t)(b - w->push.buffer));
 }
 
 static void offer_to(struct worker *w, struct peer *p, uint32_t buffer)
@@ -229,7 +246,10 @@ void push_end(struct worker *w, bool withdraw)
 		if (!b->busy || b->withdrawn)
 			continue;
 		b->withdrawn = withdraw;
-		tell_owners(w, i, withdraw ? WIRE_WITHDRAW : WIRE_WANT);
+		if (withdraw)
+			withdraw_offers(w, i);
+		else
+			want_back(w, i);
 	}
 }
 
@@ -251,11 +271,12 @@ static int granted(struct peer *p, struct offer *o, const struct msg_answer *m)
 	struct worker *w = p->w;
 	struct share share;
 
-	if (w->fabric->maps || o->progress != OFFER_OUT)
+	if (w->in_place || o->progress != OFFER_OUT)
 		return -EPROTO;
 	part_share(w, &w->push.buffer[o->buffer], p, &share);
 	if (m->slices != share_slices(&share))
 		return -EPROTO;
+	/* One that was withdrawn before the grant arrived is answered again. */
 	o->progress = OFFER_MAY_WRITE;
 	o->slices = m->slices;
 	o->imm = m->imm;
@@ -295,11 +316,10 @@ static int place_slice(struct peer *p, const struct share *share, uint32_t k, st
 	struct slice_piece piece[PIECES_MAX];
 	uint32_t n = share_slice(share, k, piece, PIECES_MAX), slot;
 	uint64_t base = p->writing->buffer * push->elements, bytes = 0;
-	const float *from = p->w->fabric->region_addr(push->region);
 	uint8_t *to;
 
 	if (n == 1) {
-		op->local = push->region;
+		op->local = p->fabric->region[MEMORY_GRADIENTS];
 		op->local_offset = (base + piece[0].unit_offset) * sizeof(float);
 		op->bytes = piece[0].n * sizeof(float);
 		op->user = op_user(OP_WRITE, p->index, PUSH_STAGING_SLOTS);
@@ -309,12 +329,12 @@ static int place_slice(struct peer *p, const struct share *share, uint32_t k, st
 		return -EAGAIN;
 	slot = (uint32_t)__builtin_ctz(push->staging_free);
 	push->staging_free &= ~(1u << slot);
-	to = (uint8_t *)p->w->fabric->region_addr(push->staging) + (size_t)slot * SLICE_BYTES;
+	to = push->staging + (size_t)slot * SLICE_BYTES;
 	for (uint32_t i = 0; i < n; i++) {
-		memcpy(to + bytes, from + base + piece[i].unit_offset, piece[i].n * sizeof(float));
+		memcpy(to + bytes, push->memory + base + piece[i].unit_offset, piece[i].n * sizeof(float));
 		bytes += piece[i].n * sizeof(float);
 	}
-	op->local = push->staging;
+	op->local = p->fabric->region[MEMORY_STAGING];
 	op->local_offset = (uint64_t)slot * SLICE_BYTES;
 	op->bytes = bytes;
 	op->user = op_user(OP_WRITE, p->index, slot);
@@ -331,11 +351,13 @@ static void writing_check(struct peer *p)
 {
 	struct offer *o = p->writing;
 
-	/* Answered in the middle, the rest need not be written. */
-	if (p->writes > 0 || (p->next_slice < o->slices && !o->answered))
+	/* Answered or withdrawn in the middle, the rest need not be written. */
+	if (p->writes > 0 || (p->next_slice < o->slices && !o->answered && !o->withdrawn))
 		return;
 	p->writing = NULL;
 	o->progress = OFFER_WRITTEN;
+	if (o->withdrawn && !o->answered)
+		send_id(p, WIRE_WITHDRAW, o->id);
 	offer_check(p->w, o);
 }
 
@@ -346,7 +368,7 @@ static void write_slices(struct peer *p)
 	struct share share;
 
 	part_share(w, &w->push.buffer[o->buffer], p, &share);
-	while (p->next_slice < o->slices && p->writes < WRITES_MAX && !o->answered) {
+	while (p->next_slice < o->slices && p->writes < WRITES_MAX && !o->answered && !o->withdrawn) {
 		struct fab_op op = { .remote = p->inbox,
 				     .remote_offset = (uint64_t)p->next_slice * SLICE_BYTES,
 				     .imm = o->imm + p->next_slice };
@@ -354,7 +376,7 @@ static void write_slices(struct peer *p)
 
 		if (rc)
 			break;
-		rc = w->fabric->write_notify(p->ep, &op, 1);
+		rc = p->fabric->ops->write_notify(p->ep, &op, 1);
 		if (rc) {
 			free_slot(&w->push, op_b(op.user));
 			if (rc != -EAGAIN)
@@ -373,7 +395,7 @@ static struct offer *next_to_write(const struct worker *w, uint32_t peer)
 	for (uint32_t i = 0; i < w->push.n_buffers; i++) {
 		struct offer *o = offer_of(w, i, peer);
 
-		if (o->progress == OFFER_MAY_WRITE)
+		if (o->progress == OFFER_MAY_WRITE && !o->withdrawn)
 			return o;
 	}
 	return NULL;
@@ -381,7 +403,7 @@ static struct offer *next_to_write(const struct worker *w, uint32_t peer)
 
 void push_run(struct worker *w)
 {
-	if (w->fabric->maps || !w->push.offer)
+	if (w->in_place || !w->push.offer)
 		return;
 	for (uint32_t i = 0; i < w->attach.n_peers; i++) {
 		struct peer *p = &w->attach.peer[i];

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 
 from harness import BIN, bits, check, clean_environment, config, finish, main, run, same_bits, start, wait_for
@@ -104,7 +105,42 @@ def broken_weights(directory):
 def by_hand(directory):
     """Coordinator and members started one by one, in any order, the endpoint given to each."""
     want = one(directory, "launched")
-    path = config(directory)
+    by_hand_job(directory, [["shardsvc"], ["shardsvc"], ["worker"], ["worker"]])
+    same_bits("by hand", bits(directory / "hand", STEPS), want)
+
+
+def providers():
+    """What this build has besides shared memory."""
+    said = subprocess.run([BIN / "meshctl", "bench", "fabric", "--fabric", "none"], capture_output=True, text=True,
+                          env=clean_environment()).stderr
+    return [name for name in ("ofi",) if f" {name}" in said.split("there are")[-1].replace(",", "")]
+
+
+def mixed(directory):
+    """One job, a fabric a worker: memory in place, copied, by a network; the bits know nothing of it."""
+    long = {"steps": 100, "eval_interval": 0, "eval_batches": 0}
+    run(config(directory, **long), "--run-dir", directory / "launched")
+    want = bits(directory / "launched", 100)
+    workers = [["worker", "--fabric", "local"], ["worker", "--fabric", "local-copy"], ["worker"]]
+    workers += [["worker", "--fabric", name] for name in providers()]
+    status = by_hand_job(directory, [["shardsvc"], ["shardsvc"], *workers], workers=len(workers), **long)
+    same_bits("mixed", bits(directory / "hand", 100), want)
+    used = sorted(pair["provider"] for m in status["members"] if m["role"] == "worker" for pair in m["fabric"])
+    check(used == sorted(2 * (["local", "local-copy", "local"] + providers())), f"used: {used}")
+    # A shard service that wants copies only: who may choose finds that out by asking.
+    status = by_hand_job(directory, [["shardsvc"], ["shardsvc", "--fabric", "local-copy"], ["worker"]], workers=1, **long)
+    same_bits("half copied", bits(directory / "hand", 100), want)
+    worker, = (m for m in status["members"] if m["role"] == "worker")
+    check(sorted(pair["provider"] for pair in worker["fabric"]) == ["local", "local-copy"], worker["fabric"])
+    refused = [r for pair in worker["fabric"] for r in pair["refused"] if r["provider"] == "local"]
+    check(len(refused) == 1 and "local-copy" in refused[0]["reason"], f"refused: {worker['fabric']}")
+    check(worker["counters"]["mesh_fabric_choices_local_copy_total"] == 1, worker["counters"])
+
+
+def by_hand_job(directory, members, **changes):
+    """Runs it to its end in DIR/hand; what meshctl status said last while all were there."""
+    shutil.rmtree(directory / "hand", ignore_errors=True)
+    path = config(directory, **changes)
     token = directory / "token"
     token.write_text(os.urandom(32).hex())
     token.chmod(0o600)
@@ -112,23 +148,32 @@ def by_hand(directory):
     run_dir = directory / "hand"
     port = free_port()
     link = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "by-hand"]
-    commands = [[BIN / "shardsvc", *link], [BIN / "shardsvc", *link], [BIN / "worker", *link], [BIN / "worker", *link],
-                [BIN / "meshctl", "coordinator", "--config", path, "--run-dir", run_dir, "--rdzv-id", "by-hand",
-                 "--listen", f"127.0.0.1:{port}"]]
+    commands = [[BIN / member[0], *link, *member[1:]] for member in members]
+    commands.append([BIN / "meshctl", "coordinator", "--config", path, "--run-dir", run_dir, "--rdzv-id", "by-hand",
+                     "--listen", f"127.0.0.1:{port}"])
     random.Random(1).shuffle(commands)
     processes = []
+    status = {}
     for i, command in enumerate(commands):
         with open(directory / f"hand-{i}.log", "w") as log:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+
+    def over():
+        said = subprocess.run([BIN / "meshctl", "status", *link, "--json"], env=env, capture_output=True, text=True)
+        if said.returncode == 0:
+            now = json.loads(said.stdout)
+            if len(now["members"]) == len(members):
+                status.update(now)
+        return all(p.poll() is not None for p in processes)
     try:
-        wait_for(lambda: all(p.poll() is not None for p in processes), "all processes to end", 60)
+        wait_for(over, "all processes to end", 60)
     finally:
         for p in processes:
             p.kill()
     for i, p in enumerate(processes):
         check(p.returncode == 0, f"{commands[i][0].name} exited with {p.returncode}:\n"
               + (directory / f"hand-{i}.log").read_text())
-    same_bits("by hand", bits(run_dir, STEPS), want)
+    return status
 
 
 def free_port():
@@ -138,4 +183,4 @@ def free_port():
         return s.getsockname()[1]
 
 
-main([matrix, small, variants, llama, continued, broken_weights, by_hand])
+main([matrix, small, variants, llama, continued, broken_weights, by_hand, mixed])

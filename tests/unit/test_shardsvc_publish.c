@@ -18,18 +18,21 @@
 struct worker {
 	struct mesh_self self;
 	const struct fab_ops *ops;
+	const char *provider;
 	struct conn *conn;
 	struct fab *fab;
 	struct fab_ep *ep;
 	struct fab_region *gradients;
-	bool up, ready, closed, has_fabric, has_regions, attached;
+	bool up, ready, closed, has_fabric, refused, has_regions, attached;
+	char reason[256];
 	struct fab_blob address, parameters, inbox;
-	bool in_place;
+	bool in_place, silent; /* silent: asks for no provider by itself */
 	char text[512];
 };
 
 struct world {
 	struct shard s;
+	char want[32];
 	struct event_base *base;
 	struct worker worker[WORKERS];
 };
@@ -44,10 +47,22 @@ static void take_blob(struct fab_blob *out, const struct wire_blob *b)
 	out->bytes = b->bytes;
 }
 
+static void want(struct worker *k, const char *provider)
+{
+	struct msg_fabric_want m;
+
+	snprintf(m.provider, sizeof(m.provider), "%s", provider);
+	assert_int_equal(conn_send(k->conn, WIRE_FABRIC_WANT, &m), 0);
+}
+
 static void on_ready(struct conn *c, void *ctx)
 {
+	struct worker *k = ctx;
+
 	(void)c;
-	((struct worker *)ctx)->ready = true;
+	k->ready = true;
+	if (k->self.role == ROLE_WORKER && !k->silent)
+		want(k, k->ops->name);
 }
 
 static int on_message(struct conn *c, const struct wire_header *h, const union wire_msg *m, void *ctx)
@@ -57,11 +72,16 @@ static int on_message(struct conn *c, const struct wire_header *h, const union w
 	(void)c;
 	switch (h->type) {
 	case WIRE_FABRIC:
-		assert_string_equal(m->fabric.provider, k->ops->name);
+		assert_string_equal(m->fabric.provider, k->provider);
 		take_blob(&k->address, &m->fabric.address);
 		k->has_fabric = true;
 		break;
+	case WIRE_FABRIC_REFUSED:
+		k->refused = true;
+		snprintf(k->reason, sizeof(k->reason), "%s", m->fabric_refused.reason);
+		break;
 	case WIRE_REGIONS:
+		assert_int_equal(m->regions.in_place, m->regions.inbox.bytes == 0);
 		take_blob(&k->parameters, &m->regions.parameters);
 		take_blob(&k->inbox, &m->regions.inbox);
 		k->has_regions = true;
@@ -143,7 +163,7 @@ static void join_fabric(struct world *w, struct worker *k)
 static void send_regions(struct worker *k, bool with_gradients)
 {
 	struct fab_blob blob = { 0 };
-	struct msg_regions m = { .parameters = { 0 } };
+	struct msg_regions m = { .in_place = with_gradients };
 
 	if (with_gradients)
 		assert_int_equal(k->ops->export_region(k->ep, k->gradients, &blob), 0);
@@ -176,18 +196,20 @@ static void set_self(struct mesh_self *self, struct world *w, enum member_role r
 static void set_members(struct world *w, uint32_t n, uint32_t first)
 {
 	w->s.n_live = n;
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n; i++) {
 		w->s.live[i] = first + i;
+		w->s.live_here[i] = true;
+	}
 	publish_members(&w->s);
 }
 
 static void open_parameters(struct world *w)
 {
-	const struct fab_region_attr attr = { .name = "parameters", .bytes = 8192, .access = FAB_REMOTE_READ };
 	struct err e = { 0 };
+	void *at;
 
-	assert_int_equal(w->s.fab_ops->region_open(w->s.fab, &attr, &w->s.parameters, &e), 0);
-	snprintf(w->s.fab_ops->region_addr(w->s.parameters), 16, "parameters");
+	assert_int_equal(fabrics_parameters(&w->s, 8192, &at, &e), 0);
+	snprintf(at, 16, "parameters");
 	w->s.prepared = true;
 }
 
@@ -200,15 +222,15 @@ static void open_worker(struct world *w, uint32_t i, const char *fabric)
 
 	set_self(&k->self, w, ROLE_WORKER, 7 + i);
 	k->ops = fab_provider(fabric);
+	k->provider = fabric;
 	assert_int_equal(k->ops->open(&cfg, &k->fab, &e), 0);
 	assert_int_equal(k->ops->region_open(k->fab, &attr, &k->gradients, &e), 0);
 	memset(k->ops->region_addr(k->gradients), 0x5a, GRADIENT_BYTES);
 }
 
-static struct world *open_world(const char *fabric)
+static struct world *open_world(const char *ours, const char *fabric)
 {
 	struct world *w = aligned_alloc(_Alignof(struct world), sizeof(*w));
-	char name[32];
 	struct err e = { 0 };
 
 	assert_non_null(w);
@@ -217,13 +239,12 @@ static struct world *open_world(const char *fabric)
 	assert_non_null(w->base);
 	log_init(&w->s.log, open("/dev/null", O_WRONLY | O_CLOEXEC), "test");
 	set_self(&w->s.self, w, ROLE_SHARD, 3);
-	snprintf(name, sizeof(name), "%s", fabric);
-	w->s.job.fabric = name;
+	snprintf(w->want, sizeof(w->want), "%s", ours);
+	w->s.job.fabric = w->want;
 	w->s.rdzv_endpoint = "127.0.0.1:1";
-	w->s.plan.inbox_elements = 4096;
+	w->s.inbox_elements = 4096;
 	assert_int_equal(publish_listen(&w->s, &e), 0);
-	assert_int_equal(publish_open(&w->s, &e), 0);
-	w->s.job.fabric = NULL;
+	assert_int_equal(fabrics_open(&w->s, &e), 0);
 	for (uint32_t i = 0; i < WORKERS; i++)
 		open_worker(w, i, fabric);
 	return w;
@@ -250,7 +271,7 @@ static void close_world(struct world *w)
 
 static void memory_is_shared_both_ways(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 	struct fab_remote *r;
 	void *at;
@@ -272,7 +293,7 @@ static void memory_is_shared_both_ways(void **state)
 
 static void an_inbox_belongs_to_one_worker(void **state)
 {
-	struct world *w = open_world("local-copy");
+	struct world *w = open_world("local-copy", "local-copy");
 	struct fab_remote *r;
 	(void)state;
 
@@ -293,7 +314,7 @@ static void an_inbox_belongs_to_one_worker(void **state)
 
 static void a_worker_waits_until_it_is_known_and_we_have_pages(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 	(void)state;
 
@@ -316,7 +337,7 @@ static void a_worker_waits_until_it_is_known_and_we_have_pages(void **state)
 
 static void its_regions_may_come_before_its_endpoint(void **state)
 {
-	struct world *w = open_world("local-copy");
+	struct world *w = open_world("local-copy", "local-copy");
 	struct worker *k = &w->worker[0];
 	(void)state;
 
@@ -332,9 +353,82 @@ static void its_regions_may_come_before_its_endpoint(void **state)
 	close_world(w);
 }
 
+static void modes_of_workers_differ(void **state)
+{
+	struct world *w = open_world("auto", "local");
+	struct worker *k = &w->worker[1];
+	(void)state;
+
+	open_parameters(w);
+	set_members(w, 2, 7);
+	attach(w, &w->worker[0]);
+	/* By the same memory, but told to copy. */
+	k->silent = true;
+	dial(w, k);
+	run_until(w, &k->ready);
+	k->provider = "local-copy";
+	want(k, "local-copy");
+	join_fabric(w, k);
+	send_regions(k, false);
+	run_until(w, &k->attached);
+	assert_true(w->worker[0].in_place && !k->in_place);
+	assert_int_equal(w->worker[0].inbox.bytes, 0);
+	assert_true(k->inbox.bytes > 0);
+	assert_true(w->s.peer[0]->in_place && !w->s.peer[1]->in_place);
+	assert_int_equal(w->s.n_fabrics, 1);
+	close_world(w);
+}
+
+static void a_provider_may_be_refused_and_another_asked_for(void **state)
+{
+	struct world *w = open_world("local-copy", "local-copy");
+	struct worker *k = &w->worker[0];
+	(void)state;
+
+	open_parameters(w);
+	set_members(w, 2, 7);
+	k->silent = true;
+	dial(w, k);
+	run_until(w, &k->ready);
+	want(k, "local");
+	run_until(w, &k->refused);
+	assert_non_null(strstr(k->reason, "local-copy"));
+	k->refused = false;
+	want(k, "no such thing");
+	run_until(w, &k->refused);
+	assert_int_equal(w->s.count.fabrics_refused, 2);
+	/* An endpoint that is given up for another goes. */
+	want(k, "local-copy");
+	join_fabric(w, k);
+	k->has_fabric = k->up = false;
+	want(k, "local-copy");
+	run_until(w, &k->has_fabric);
+	k->ops->disconnect(k->ep);
+	join_fabric(w, k);
+	send_regions(k, false);
+	run_until(w, &k->attached);
+	assert_int_equal(w->s.fabric[0].ops->counters(w->s.fabric[0].fab)->connects, 2);
+	close_world(w);
+}
+
+static void another_host_shares_no_memory(void **state)
+{
+	struct world *w = open_world("auto", "local");
+	(void)state;
+
+	open_parameters(w);
+	set_members(w, 2, 7);
+	w->s.live_here[0] = false;
+	dial(w, &w->worker[0]);
+	run_until(w, &w->worker[0].refused);
+	assert_non_null(strstr(w->worker[0].reason, "another host"));
+	attach(w, &w->worker[1]);
+	close_world(w);
+}
+
 static void one_that_is_evicted_is_let_go_with_all_it_had(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 	bool gone;
 	(void)state;
@@ -355,7 +449,7 @@ static void one_that_is_evicted_is_let_go_with_all_it_had(void **state)
 
 static void a_broken_fabric_ends_the_connection(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 	(void)state;
 
@@ -372,7 +466,7 @@ static void a_broken_fabric_ends_the_connection(void **state)
 /* Says `type` as the first thing after the handshake, or after FABRIC; must be dropped for it. */
 static void check_dropped(bool opened, unsigned type, const void *m)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 
 	open_parameters(w);
@@ -389,9 +483,11 @@ static void check_dropped(bool opened, unsigned type, const void *m)
 static void what_comes_out_of_turn_ends_the_connection(void **state)
 {
 	uint8_t junk[FAB_BLOB_MAX + 1] = { 0 };
-	struct msg_regions regions = { .gradients = { .data = junk, .bytes = 100 } };
+	struct msg_regions regions = { .in_place = 1, .gradients = { .data = junk, .bytes = 100 } };
 	const struct msg_offer offer = { .step = 1 };
 	const struct msg_attached attached = { .in_place = 1 };
+	const struct msg_fabric_want nothing = { .provider = "" };
+	const struct msg_signal signal = { .provider = "local", .data = { .data = junk, .bytes = 4 } };
 	const struct msg_vote vote = { .step = 1 };
 	(void)state;
 
@@ -401,6 +497,9 @@ static void what_comes_out_of_turn_ends_the_connection(void **state)
 	check_dropped(true, WIRE_OFFER, &offer);
 	check_dropped(true, WIRE_ATTACHED, &attached);
 	check_dropped(true, WIRE_VOTE, &vote);
+	check_dropped(false, WIRE_FABRIC_WANT, &nothing);
+	/* Shared memory has nothing to say beside its socket. */
+	check_dropped(true, WIRE_SIGNAL, &signal);
 	/* Gradients are read in place here: a descriptor must be there, and of a descriptor's size. */
 	regions.gradients.bytes = 0;
 	check_dropped(true, WIRE_REGIONS, &regions);
@@ -410,10 +509,10 @@ static void what_comes_out_of_turn_ends_the_connection(void **state)
 
 static void a_descriptor_that_is_none_ends_the_connection(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	struct worker *k = &w->worker[0];
 	uint8_t junk[72] = { 1, 2, 3 };
-	const struct msg_regions m = { .gradients = { .data = junk, .bytes = sizeof(junk) } };
+	const struct msg_regions m = { .in_place = 1, .gradients = { .data = junk, .bytes = sizeof(junk) } };
 	(void)state;
 
 	open_parameters(w);
@@ -428,7 +527,7 @@ static void a_descriptor_that_is_none_ends_the_connection(void **state)
 
 static void a_member_connects_once(void **state)
 {
-	struct world *w = open_world("local");
+	struct world *w = open_world("local", "local");
 	(void)state;
 
 	open_parameters(w);
@@ -454,6 +553,9 @@ int main(void)
 		cmocka_unit_test(an_inbox_belongs_to_one_worker),
 		cmocka_unit_test(a_worker_waits_until_it_is_known_and_we_have_pages),
 		cmocka_unit_test(its_regions_may_come_before_its_endpoint),
+		cmocka_unit_test(modes_of_workers_differ),
+		cmocka_unit_test(a_provider_may_be_refused_and_another_asked_for),
+		cmocka_unit_test(another_host_shares_no_memory),
 		cmocka_unit_test(one_that_is_evicted_is_let_go_with_all_it_had),
 		cmocka_unit_test(a_broken_fabric_ends_the_connection),
 		cmocka_unit_test(what_comes_out_of_turn_ends_the_connection),

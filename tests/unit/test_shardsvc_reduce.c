@@ -42,7 +42,8 @@ struct world {
 	struct shard s;
 	struct page_map map;
 	void *region;
-	struct fab_ops fabric;
+	struct fab_ops ops;
+	bool push;
 	uint64_t where[8], bytes; /* of a piece's flat unit in a worker's region */
 	uint32_t n_nodes;
 	struct tree_node node[NODES]; /* the leaves first, then their parents */
@@ -218,6 +219,9 @@ static void add_worker(struct world *w, uint32_t i)
 			    .filling = PEER_NONE,
 			    .next_imm = UINT32_MAX - 1,
 			    .inbox = (struct fab_region *)k->inbox,
+			    .fabric = &w->s.fabric[0],
+			    .in_place = !w->push,
+			    .slices_seen = w->push ? calloc(4, sizeof(uint64_t)) : NULL,
 			    .gradients = (struct fab_remote *)k->region,
 			    .gradients_at = k->region,
 			    .gradients_bytes = w->bytes };
@@ -260,13 +264,15 @@ static void open_world(struct world **out, const struct options *o)
 	log_init(&s->log, open("/dev/null", O_WRONLY | O_CLOEXEC), "test");
 	s->self.log = &s->log;
 	s->link = (struct member_link *)w;
-	w->fabric = (struct fab_ops){ .name = "test",
-				      .maps = !o->push,
-				      .region_addr = region_addr,
-				      .region_close = region_close,
-				      .remote_close = remote_close,
-				      .disconnect = disconnect };
-	s->fab_ops = &w->fabric;
+	w->push = o->push;
+	w->ops = (struct fab_ops){ .name = "test",
+				   .maps = !o->push,
+				   .region_addr = region_addr,
+				   .region_close = region_close,
+				   .remote_close = remote_close,
+				   .disconnect = disconnect };
+	s->fabric[0] = (struct fabric){ .shard = s, .ops = &w->ops };
+	s->n_fabrics = 1;
 	s->prepared = true;
 	s->batch.n_micro = M;
 	s->job.max_held_nodes = o->max_held;
@@ -311,6 +317,8 @@ static void close_world(struct world *w)
 	for (uint32_t i = 0; i < WORKERS; i++) {
 		free(w->worker[i].region);
 		free(w->worker[i].inbox);
+		if (s->peer[i])
+			free(s->peer[i]->slices_seen);
 		free(s->peer[i]);
 	}
 	unit_table_release(&s->table);
@@ -386,7 +394,7 @@ static void want_all(struct worker *k)
 	}
 }
 
-/* Writes what was granted first, and gives notice of its slices, the last one first. */
+/* Writes what was granted first, and gives notice of its slices, the last one first and each twice. */
 static void push(struct worker *k)
 {
 	const struct world *w = k->w;
@@ -403,8 +411,10 @@ static void push(struct worker *k)
 		memcpy((float *)k->inbox + p->seg[s].share_offset, flat + p->seg[s].unit_offset,
 		       p->seg[s].n * sizeof(float));
 	memmove(k->granted, k->granted + 1, --k->n_granted * sizeof(g));
-	for (uint32_t s = g.slices; s-- > 0;)
+	for (uint32_t s = g.slices; s-- > 0;) {
 		inbox_notice(k->peer, g.imm + s);
+		inbox_notice(k->peer, g.imm + s);
+	}
 }
 
 /* Leases the nodes in order to whoever is free, at random, and plays on until the vote. */

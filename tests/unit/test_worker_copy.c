@@ -94,27 +94,20 @@ enum fab_ready fab_progress_check(uint64_t word, uint16_t branch, uint32_t versi
 	return has == version ? FAB_READY : (int32_t)(has - version) > 0 ? FAB_PASSED : FAB_NOT_YET;
 }
 
-static int region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e)
+int fabrics_memory(struct worker *w, enum memory_use use, const char *name, uint64_t bytes, void **at, struct err *e)
 {
-	(void)f;
+	struct fab_region *r = use == MEMORY_WINDOW ? &sim.window : &sim.words;
+
+	(void)name;
 	(void)e;
-	assert_int_equal(a->access, FAB_LOCAL);
-	*out = strcmp(a->name, "window") == 0 ? &sim.window : &sim.words;
-	(*out)->bytes = a->bytes;
-	(*out)->base = aligned_alloc(4096, round_up_u64(a->bytes, 4096));
-	assert_non_null((*out)->base);
-	memset((*out)->base, 0, a->bytes);
+	assert_true(use == MEMORY_WINDOW || use == MEMORY_WORDS);
+	r->bytes = bytes;
+	r->base = aligned_alloc(4096, round_up_u64(bytes, 4096));
+	assert_non_null(r->base);
+	memset(r->base, 0, bytes);
+	w->fabric[0].region[use] = r;
+	*at = r->base;
 	return 0;
-}
-
-static void region_close(struct fab_region *r)
-{
-	free(r->base);
-}
-
-static void *region_addr(struct fab_region *r)
-{
-	return r->base;
 }
 
 static uint64_t word_of(const struct owner *o)
@@ -146,11 +139,7 @@ static int read_ops(struct fab_ep *ep, const struct fab_op *op, uint32_t n)
 	return 0;
 }
 
-static const struct fab_ops fabric = { .name = "copies",
-				       .region_open = region_open,
-				       .region_close = region_close,
-				       .region_addr = region_addr,
-				       .read = read_ops };
+static const struct fab_ops fabric = { .name = "copies", .read = read_ops };
 
 static void complete_one(void)
 {
@@ -222,6 +211,7 @@ static void open_peers(struct worker *w)
 	a->owner = calloc((size_t)w->table.n_units * PEERS, sizeof(*a->owner));
 	for (uint32_t i = 0; i < PEERS; i++) {
 		a->peer[i] = (struct peer){ .w = w, .index = i, .member = ids[i] };
+		a->peer[i].fabric = &w->fabric[0];
 		a->peer[i].ep = (struct fab_ep *)(uintptr_t)(i + 1);
 		a->peer[i].parameters = (struct fab_remote *)(uintptr_t)(i + 1);
 		sim.owner[i].bytes = page_map_share_bytes(&w->map, &w->table, ids[i], w->table.n_units);
@@ -261,8 +251,8 @@ static void sim_open(uint64_t seed, bool small, uint64_t prefetch, uint64_t reus
 	memset(&sim, 0, sizeof(sim));
 	sim.w = w;
 	sim.seed = seed;
-	w->fabric = &fabric;
-	w->fab = &sim.fab;
+	w->fabric[0].ops = &fabric;
+	w->fabric[0].fab = &sim.fab;
 	w->self.member = 7;
 	w->self.base = event_base_new();
 	assert_non_null(w->self.base);
@@ -283,6 +273,8 @@ static void sim_close(void)
 	struct worker *w = sim.w;
 
 	copy_release(w);
+	free(sim.window.base);
+	free(sim.words.base);
 	event_base_free(w->self.base);
 	net_release(&w->compute.net);
 	free(w->compute.uses[0]);

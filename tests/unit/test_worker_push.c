@@ -126,6 +126,10 @@ int conn_send(struct conn *c, unsigned type, const void *msg)
 		} else {
 			assert_int_equal(type, WIRE_WITHDRAW);
 			assert_false(o->offer[i].withdrawn);
+			/* The owner gives its inbox away now. */
+			for (uint32_t k = 0; k < sim.fab.n_ops; k++)
+				assert_false(&sim.owner[sim.fab.op[k].peer] == o && o->offer[i].granted &&
+					     sim.fab.op[k].op.imm - o->offer[i].imm < o->offer[i].slices);
 			o->offer[i].withdrawn = true;
 			sim.withdraws++;
 		}
@@ -142,26 +146,19 @@ const char *wire_name(unsigned type)
 
 /* ------------------------------------------------------------ the fabric */
 
-static int region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e)
+int fabrics_memory(struct worker *w, enum memory_use use, const char *name, uint64_t bytes, void **at, struct err *e)
 {
-	(void)f;
+	struct fab_region *r = use == MEMORY_GRADIENTS ? &sim.gradients : &sim.staging;
+
+	(void)name;
 	(void)e;
-	*out = strcmp(a->name, "gradients") == 0 ? &sim.gradients : &sim.staging;
-	(*out)->bytes = a->bytes;
-	(*out)->base = aligned_alloc(4096, round_up_u64(a->bytes, 4096));
-	assert_non_null((*out)->base);
+	assert_true(use == MEMORY_GRADIENTS || (use == MEMORY_STAGING && !w->in_place));
+	r->bytes = bytes;
+	r->base = aligned_alloc(4096, round_up_u64(bytes, 4096));
+	assert_non_null(r->base);
+	w->fabric[0].region[use] = r;
+	*at = r->base;
 	return 0;
-}
-
-static void region_close(struct fab_region *r)
-{
-	free(r->base);
-	r->base = NULL;
-}
-
-static void *region_addr(struct fab_region *r)
-{
-	return r->base;
 }
 
 static int write_notify(struct fab_ep *ep, const struct fab_op *op, uint32_t n)
@@ -180,16 +177,7 @@ static int write_notify(struct fab_ep *ep, const struct fab_op *op, uint32_t n)
 	return 0;
 }
 
-static const struct fab_ops in_place = { .name = "maps",
-					 .maps = true,
-					 .region_open = region_open,
-					 .region_close = region_close,
-					 .region_addr = region_addr };
-static const struct fab_ops pushes = { .name = "copies",
-				       .region_open = region_open,
-				       .region_close = region_close,
-				       .region_addr = region_addr,
-				       .write_notify = write_notify };
+static const struct fab_ops pushes = { .name = "copies", .write_notify = write_notify };
 
 static void notice(struct owner *o, uint32_t imm)
 {
@@ -273,9 +261,9 @@ static void owner_acts(uint32_t peer)
 		assert_int_equal(answer(peer, buffer, OFFER_TAKEN), 0);
 	} else if (draw(6) == 0) {
 		assert_int_equal(answer(peer, buffer, draw(2) ? OFFER_COVERED : OFFER_CLOSED), 0);
-	} else if (!sim.w->fabric->maps && !has_grant(peer)) {
+	} else if (!sim.w->in_place && !has_grant(peer)) {
 		assert_int_equal(answer(peer, buffer, OFFER_GRANTED), 0);
-	} else if (sim.w->fabric->maps) {
+	} else if (sim.w->in_place) {
 		assert_int_equal(answer(peer, buffer, OFFER_TAKEN), 0);
 	}
 }
@@ -298,6 +286,7 @@ static void open_peers(struct worker *w)
 	for (uint32_t i = 0; i < PEERS; i++) {
 		a->peer[i] = (struct peer){ .w = w, .index = i, .member = ids[i] };
 		a->peer[i].conn = (struct conn *)(void *)&sim.owner[i];
+		a->peer[i].fabric = &w->fabric[0];
 		a->peer[i].ep = (struct fab_ep *)(uintptr_t)(i + 1);
 		a->peer[i].inbox = (struct fab_remote *)(uintptr_t)(i + 1);
 		for (uint32_t u = 0; u < w->table.n_units; u++) {
@@ -312,7 +301,7 @@ static void open_peers(struct worker *w)
 	}
 }
 
-static void sim_open(const struct fab_ops *fabric, uint64_t seed)
+static void sim_open(bool in_place, uint64_t seed)
 {
 	static const char json[] =
 		"{\"model_type\": \"gpt2\", \"vocab_size\": 6000, \"n_positions\": 64, \"n_embd\": 128, "
@@ -326,8 +315,9 @@ static void sim_open(const struct fab_ops *fabric, uint64_t seed)
 	memset(&sim, 0, sizeof(sim));
 	sim.w = w;
 	sim.seed = seed;
-	w->fabric = fabric;
-	w->fab = &sim.fab;
+	w->fabric[0].ops = &pushes;
+	w->fabric[0].fab = &sim.fab;
+	w->in_place = in_place;
 	if (model_config_parse(json, "test", &sim.model, &e) || unit_table_init(&w->table, &sim.model, &e))
 		fail_msg("%s", e.text);
 	w->plan.n_gradient_buffers = BUFFERS;
@@ -345,6 +335,8 @@ static void sim_close(void)
 	struct worker *w = sim.w;
 
 	push_release(w);
+	free(sim.gradients.base);
+	free(sim.staging.base);
 	page_map_release(&w->map);
 	unit_table_release(&w->table);
 	model_config_release(&sim.model);
@@ -382,13 +374,13 @@ static uint32_t open_offers(uint32_t buffer)
 /* ------------------------------------------------------------------ tests */
 
 /* Random life: spans of offers, all answered in the end, now and then recalled. */
-static void random_life(const struct fab_ops *fabric)
+static void random_life(bool in_place)
 {
 	for (uint64_t seed = 1; seed <= 40; seed++) {
 		uint32_t left = 12;
 		bool recalled = false;
 
-		sim_open(fabric, seed);
+		sim_open(in_place, seed);
 		sim.fab.refuse = draw(3) ? 0 : 3;
 		for (uint32_t events = 0; left || !push_idle(sim.w) || sim.fab.n_ops; events++) {
 			uint32_t buffer = (uint32_t)draw(BUFFERS);
@@ -412,7 +404,7 @@ static void random_life(const struct fab_ops *fabric)
 			push_run(sim.w);
 		}
 		assert_true(sim.free[0] && sim.free[1]);
-		assert_int_equal(sim.w->push.staging_free, fabric->maps ? 0 : (1u << PUSH_STAGING_SLOTS) - 1);
+		assert_int_equal(sim.w->push.staging_free, in_place ? 0 : (1u << PUSH_STAGING_SLOTS) - 1);
 		assert_int_equal(sim.lost, 0);
 		sim_close();
 	}
@@ -421,13 +413,13 @@ static void random_life(const struct fab_ops *fabric)
 static void random_life_in_place(void **state)
 {
 	(void)state;
-	random_life(&in_place);
+	random_life(true);
 }
 
 static void random_life_pushed(void **state)
 {
 	(void)state;
-	random_life(&pushes);
+	random_life(false);
 }
 
 static void wanted_when_needed(void **state)
@@ -435,7 +427,7 @@ static void wanted_when_needed(void **state)
 	uint32_t owners;
 
 	(void)state;
-	sim_open(&in_place, 1);
+	sim_open(true, 1);
 	fill(0, 1, 0);
 	owners = open_offers(0);
 	assert_true(owners > 1);
@@ -468,7 +460,7 @@ static void a_part_goes_to_its_owners_only(void **state)
 	struct share share;
 
 	(void)state;
-	sim_open(&in_place, 1);
+	sim_open(true, 1);
 	fill(0, 0, 1);
 	for (uint32_t i = 0; i < PEERS; i++) {
 		part_share(sim.w, &sim.w->push.buffer[0], &sim.w->attach.peer[i], &share);
@@ -483,7 +475,7 @@ static void a_part_goes_to_its_owners_only(void **state)
 static void recalled_offers_nothing(void **state)
 {
 	(void)state;
-	sim_open(&in_place, 1);
+	sim_open(true, 1);
 	sim.w->span.cancelled = true;
 	fill(0, 1, 0);
 	assert_int_equal(open_offers(0), 0);
@@ -497,7 +489,7 @@ static void closed_while_written(void **state)
 	uint32_t peer = 0;
 
 	(void)state;
-	sim_open(&pushes, 1);
+	sim_open(false, 1);
 	fill(0, 0, 0);
 	fill(1, 0, 0);
 	while (!sim.owner[peer].offer[0].open)
@@ -533,7 +525,7 @@ static void nonsense_is_refused(void **state)
 	uint32_t peer = 0;
 
 	(void)state;
-	sim_open(&pushes, 1);
+	sim_open(false, 1);
 	fill(0, 1, 0);
 	while (!sim.owner[peer].offer[0].open)
 		peer++;
@@ -551,7 +543,7 @@ static void nonsense_is_refused(void **state)
 	assert_int_equal(push_answer(&sim.w->attach.peer[peer], &m), -EPROTO);
 	sim_close();
 	/* Where memory is mapped there is nothing to grant. */
-	sim_open(&in_place, 1);
+	sim_open(true, 1);
 	fill(0, 1, 0);
 	for (peer = 0; !sim.owner[peer].offer[0].open;)
 		peer++;
@@ -565,7 +557,7 @@ static void a_failed_write_loses_the_peer(void **state)
 	uint32_t peer = 0;
 
 	(void)state;
-	sim_open(&pushes, 1);
+	sim_open(false, 1);
 	fill(0, 1, 0);
 	while (!sim.owner[peer].offer[0].open)
 		peer++;
