@@ -449,7 +449,7 @@ static void test_long_document(void **state)
 	size_t n, n_prompt;
 
 	for (int i = 0; i < 90; i++)
-		strcat(text, "q z7 ");
+		memcpy(text + 5 * i, "q z7 ", 5);
 	snprintf(line, sizeof(line), "{\"text\": \"%s\"}\n", text);
 	write_file(f->file[0], line, strlen(line));
 	f->c.end_token = (char *)"<|end_of_text|>";
