@@ -191,13 +191,14 @@ static int make_tokens(struct build *b, const struct jsonl_string *s)
 	uint8_t c[4];
 	unsigned k;
 
-	if (s->bytes > b->decoded_room) {
-		uint8_t *more = realloc(b->decoded, 2 * s->bytes);
+	if (!b->decoded || s->bytes > b->decoded_room) {
+		uint64_t room = 2 * s->bytes + 4096;
+		uint8_t *more = realloc(b->decoded, room);
 
 		if (!more)
 			return err_set(b->e, -ENOMEM, "out of memory for a document");
 		b->decoded = more;
-		b->decoded_room = 2 * s->bytes;
+		b->decoded_room = room;
 	}
 	for (; (k = jsonl_next(&p, c)); n += k)
 		memcpy(b->decoded + n, c, k);
