@@ -415,6 +415,13 @@ static void assert_configs_equal(const struct job_config *a, const struct job_co
 	assert_true(a->data.validation_fraction == b->data.validation_fraction);
 	assert_int_equal(a->data.format, b->data.format);
 	assert_int_equal(a->data.sequence_length, b->data.sequence_length);
+	assert_int_equal(!a->data.tokenizer, !b->data.tokenizer);
+	if (a->data.tokenizer)
+		assert_string_equal(a->data.tokenizer, b->data.tokenizer);
+	assert_int_equal(!a->data.end_token, !b->data.end_token);
+	if (a->data.end_token)
+		assert_string_equal(a->data.end_token, b->data.end_token);
+	assert_int_equal(a->data.eos_token, b->data.eos_token);
 	assert_int_equal(a->steps, b->steps);
 	assert_int_equal(a->seed, b->seed);
 	assert_int_equal(a->eval_interval, b->eval_interval);
@@ -640,6 +647,54 @@ static void test_sources(void **state)
 	}
 }
 
+/* A tokenizer makes tokens of JSONL and text, which then stand beside token files, and not beside bytes. */
+static void test_tokenizer(void **state)
+{
+	static const struct {
+		const char *data, *message;
+	} bad[] = {
+		{ "\"train\": \"a\", \"format\": \"text\"",
+		  "shardmesh.data.format: \"text\" needs shardmesh.data.tokenizer; with \"bytes\" every byte is a token" },
+		{ "\"train\": \"a\", \"tokenizer\": \"t\"",
+		  "shardmesh.data.tokenizer: no source is \"text\" or \"jsonl\"; the others are tokens as they are" },
+		{ "\"train\": \"a\", \"end_token\": \"x\"",
+		  "shardmesh.data.end_token: it is of a shardmesh.data.tokenizer; give one" },
+		{ "\"train\": \"a\", \"format\": \"jsonl\", \"tokenizer\": \"t\", \"validation\": {\"path\": \"v\", "
+		  "\"format\": \"bytes\"}",
+		  "shardmesh.data: training data are tokens and validation data are bytes" },
+	};
+	struct job_config c;
+	struct err e = { 0 };
+	char text[1024];
+
+	(void)state;
+	if (job_config_parse(
+		    "{\"train_batch_size\": 8, \"shardmesh\": {\"model\": {\"vocab_size\": 100, \"eos_token_id\": "
+		    "[7, 8]}, \"steps\": 1, \"data\": {\"train\": [{\"path\": \"a\", \"format\": \"jsonl\"},"
+		    " {\"path\": \"b\", \"format\": \"nanogpt\"}, {\"path\": \"c\", \"format\": \"text\"}],"
+		    " \"end_token\": \"</s>\", \"tokenizer\": \"t/tokenizer.json\"}}}",
+		    "ds.json", "/base", &c, &e) ||
+	    job_config_validate(&c, &e))
+		fail_msg("%s", e.text);
+	assert_string_equal(c.data.tokenizer, "/base/t/tokenizer.json");
+	assert_string_equal(c.data.end_token, "</s>");
+	assert_int_equal(c.data.eos_token, 7);
+	assert_string_equal(data_token_kind(&c.data), "tokenizer");
+	check_round_trip(&c);
+	job_config_release(&c);
+	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+		snprintf(text, sizeof(text),
+			 "{\"train_batch_size\": 8, \"shardmesh\": {" MODEL ", \"steps\": 1, \"data\": {%s}}}",
+			 bad[i].data);
+		check_invalid(text, bad[i].message);
+	}
+	assert_int_equal(job_config_parse("{\"shardmesh\": {" MODEL ", \"data\": {\"train\": [{\"path\": \"a\"}, "
+					  "{\"path\": \"b\", \"format\": \"jsonl\"}], \"tokenizer\": \"t\"}}}",
+					  "ds.json", "/base", &c, &e),
+			 -EINVAL);
+	assert_non_null(strstr(e.text, "\"bytes\" and \"jsonl\" do not mix"));
+}
+
 static void write_text(const char *dir, const char *name, const char *text)
 {
 	char path[160];
@@ -728,6 +783,7 @@ int main(void)
 		cmocka_unit_test(test_load),
 		cmocka_unit_test(test_initialize),
 		cmocka_unit_test(test_sources),
+		cmocka_unit_test(test_tokenizer),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
