@@ -138,13 +138,17 @@ static void token_rows(const struct embed_backward_job *j, uint32_t task, struct
 	uint32_t first = task * j->vocab_step,
 		 end = first + j->vocab_step < a->vocab ? first + j->vocab_step : a->vocab;
 
-	for (uint32_t t = first; t < end; t++) {
+	for (uint32_t t = first, none = first; t < end; none = ++t) {
+		/* Most tokens of a vocabulary are not there: their rows are zeroed together. */
+		while (t < end && j->start[t] == j->start[t + 1])
+			t++;
+		if (t > none)
+			j->s->isa->zero_past(a->dwte + (size_t)none * a->channels, (uint64_t)(t - none) * a->channels);
+		if (t == end)
+			return;
 		const uint32_t *at = j->order + j->start[t];
-		float *out = a->dwte + (size_t)t * a->channels;
-		if (token_tree(j, st, 0, 0, a->n_mb, &at, j->order + j->start[t + 1]))
-			memcpy(out, row_slot(st, 0), a->channels * sizeof(float));
-		else
-			memset(out, 0, a->channels * sizeof(float));
+		token_tree(j, st, 0, 0, a->n_mb, &at, j->order + j->start[t + 1]);
+		memcpy(a->dwte + (size_t)t * a->channels, row_slot(st, 0), a->channels * sizeof(float));
 	}
 }
 

@@ -155,6 +155,8 @@ typedef void attn_backward_fn(const struct attn_rows *a, float *dp, const float 
  * the row becomes softmax * inv_count, less inv_count at the target.
  */
 typedef double xent_row_fn(float *row, uint32_t n, uint32_t target, float inv_count, bool loss_only, float *sum);
+/* dst becomes +0, past the caches: more than they hold, of which most is not needed soon. */
+typedef void zero_past_fn(float *dst, uint64_t n);
 /* dst = a (+ b), n a multiple of K_CHUNK; square sums of chunks go to sum unless it is NULL. */
 typedef void fold_fn(float *dst, const float *a, const float *b, uint64_t n, struct exact_sum *sum);
 typedef void adam_fn(float *p, float *m, float *v, const float *g, uint64_t n, const struct adam_scalars *c);
@@ -182,6 +184,7 @@ struct isa_ops {
 	dot_rows_fn *dot_rows;
 	attn_backward_fn *attn_backward;
 	xent_row_fn *xent_row;
+	zero_past_fn *zero_past;
 	fold_fn *fold;
 	adam_fn *adam;
 };
@@ -222,6 +225,7 @@ scale_rows_fn ISA(scale_rows);
 dot_rows_fn ISA(dot_rows);
 attn_backward_fn ISA(attn_backward);
 xent_row_fn ISA(xent_row);
+zero_past_fn ISA(zero_past);
 fold_fn ISA(fold);
 adam_fn ISA(adam);
 

@@ -31,6 +31,19 @@ static double lanes16d_sum(const struct lanes16d *sq)
 	return l[0];
 }
 
+void ISA(zero_past)(float *dst, uint64_t n)
+{
+	uint64_t i = 0;
+
+	for (; i < n && (uintptr_t)(dst + i) % sizeof(vf); i++)
+		dst[i] = 0.0f;
+	for (; i + VF <= n; i += VF)
+		vf_stream(dst + i, vf_set(0.0f));
+	for (; i < n; i++)
+		dst[i] = 0.0f;
+	vf_stream_end();
+}
+
 enum fold_store { FOLD_KEEP, FOLD_STORE, FOLD_STREAM };
 
 static inline __attribute__((always_inline)) void fold_chunk(float *dst, const float *a, const float *b,

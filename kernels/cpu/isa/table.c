@@ -24,6 +24,7 @@ const struct isa_ops ISA(isa_ops) = {
 	.dot_rows = ISA(dot_rows),
 	.attn_backward = ISA(attn_backward),
 	.xent_row = ISA(xent_row),
+	.zero_past = ISA(zero_past),
 	.fold = ISA(fold),
 	.adam = ISA(adam),
 };
