@@ -78,15 +78,38 @@ int vote_decode(const uint8_t bytes[72], struct exact_sum *out)
 	return 0;
 }
 
+static int not_finite(const struct coord_config *cfg, uint64_t step, bool of_loss, const struct trouble *t,
+		      struct err *e)
+{
+	if (of_loss && t->kind == TROUBLE_LOSS)
+		return err_set(e, -EDOM,
+			       "step %" PRIu64 ": the loss of micro-batch %u is not finite: unit %u is the first whose "
+			       "values are not",
+			       step, t->micro, t->unit);
+	if (of_loss)
+		return err_set(e, -EDOM,
+			       "step %" PRIu64
+			       ": the loss is not finite, though that of each micro-batch is: the sum of "
+			       "micro-batches 0 to %u overflows behind unit %u",
+			       step, cfg->n_micro - 1, t->unit);
+	if (t->kind == TROUBLE_GRADIENT)
+		return err_set(e, -EDOM,
+			       "step %" PRIu64 ": the gradient is not finite: unit %u is the last with such a one, "
+			       "micro-batch %u the first",
+			       step, t->unit, t->micro);
+	return err_set(e, -EDOM,
+		       "step %" PRIu64 ": the gradient norm is not finite: unit %u is the last whose sum is not, of "
+		       "micro-batches 0 to %u",
+		       step, t->unit, cfg->n_micro - 1);
+}
+
 int commit_decide(const struct coord_config *cfg, uint64_t step, const struct exact_sum *square_sum, double loss,
-		  struct msg_step *out, struct err *e)
+		  const struct trouble *trouble, struct msg_step *out, struct err *e)
 {
 	double norm = sqrt(exact_sum_value(square_sum)) / cfg->n_micro, clip = 1.0;
 
-	if (!isfinite(loss))
-		return err_set(e, -EDOM, "step %" PRIu64 ": the loss is not finite", step);
-	if (!isfinite(norm))
-		return err_set(e, -EDOM, "step %" PRIu64 ": the gradient norm is not finite", step);
+	if (!isfinite(loss) || !isfinite(norm))
+		return not_finite(cfg, step, !isfinite(loss), trouble, e);
 	if (cfg->gradient_clipping > 0) {
 		clip = cfg->gradient_clipping / (norm + 1e-6);
 		clip = clip < 1.0 ? clip : 1.0;

@@ -31,9 +31,9 @@ int vote_decode(const uint8_t bytes[72], struct exact_sum *out);
  * Fills in the commit part of the STEP message: norm, clipping (the factor is
  * clipping / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_),
  * learning rate, Adam's bias corrections. -EDOM: loss or norm is not finite; e
- * names the step.
+ * names the step and, as far as trouble knows, micro-batch and unit.
  */
 int commit_decide(const struct coord_config *cfg, uint64_t step, const struct exact_sum *square_sum, double loss,
-		  struct msg_step *out, struct err *e);
+		  const struct trouble *trouble, struct msg_step *out, struct err *e);
 
 #endif

@@ -66,6 +66,8 @@ struct coord {
 	uint64_t open_step; /* 0: none */
 	uint64_t last_step; /* the highest one opened */
 	uint64_t opened_ns;
+	struct trouble trouble; /* of the open step */
+	uint32_t trouble_units; /* the votes' */
 	uint32_t n_votes, n_leases[LEASE_EVAL + 1];
 	struct lease_table leases;
 	struct loss_tree loss[LEASE_EVAL + 1]; /* by lease kind */

@@ -153,6 +153,8 @@ static void open_step(struct coord *c, uint64_t t)
 		c->last_step = t;
 		c->opened_ns = c->now_ns;
 		c->n_votes = 0;
+		c->trouble = (struct trouble){ TROUBLE_NONE, 0, 0 };
+		c->trouble_units = 0;
 		c->seconds_compute = c->seconds_fetch = c->seconds_push = 0;
 		lease_table_open(&c->leases, n_micro, n_eval);
 		loss_tree_open(&c->loss[LEASE_TRAIN], n_micro);
@@ -211,7 +213,10 @@ static bool commit(struct coord *c)
 	for (uint32_t i = 0; i < c->n_here; i++)
 		if (c->here[i]->pub.role == ROLE_SHARD)
 			exact_sum_merge(&sum, &c->here[i]->vote);
-	if (commit_decide(&c->cfg, c->open_step, &sum, loss_tree_mean(&c->loss[LEASE_TRAIN]), &c->step_msg, &e)) {
+	if (c->trouble.kind != TROUBLE_LOSS && c->trouble_units)
+		c->trouble.unit = c->trouble_units - 1;
+	if (commit_decide(&c->cfg, c->open_step, &sum, loss_tree_mean(&c->loss[LEASE_TRAIN]), &c->trouble, &c->step_msg,
+			  &e)) {
 		coord_fail(c, EXIT_JOB_FAILED, "%s", e.text);
 		return false;
 	}

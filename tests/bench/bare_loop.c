@@ -273,7 +273,7 @@ int bare_step(struct bare *b, uint64_t step, struct msg_step *done, struct err *
 	rc = span_run(&b->net, &span, b->uses, b->n_uses, &hooks, &loss);
 	if (rc)
 		return err_set(e, rc, "the computation failed: %s", strerror(-rc));
-	rc = commit_decide(&b->commit, step, &b->squares, loss / b->batch.n_micro, done, e);
+	rc = commit_decide(&b->commit, step, &b->squares, loss / b->batch.n_micro, &(struct trouble){ 0 }, done, e);
 	for (uint32_t u = 0; u < b->table.n_units && !rc; u++)
 		adam(b, u, done);
 	return rc;

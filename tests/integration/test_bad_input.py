@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
 import socket
@@ -309,12 +310,13 @@ def token_files(directory):
 
 
 def non_finite(directory):
-    """A diverging job names the step."""
+    """A diverging job names step, micro-batch and unit."""
     c = json.loads(config(directory, optimizer__params__lr=1e30, steps=50).read_text())
     del c["scheduler"]
     path = directory / "job.json"
     path.write_text(json.dumps(c))
-    expect(path, 1, "step", "not finite")
+    said = expect(path, 1, "step", "not finite")
+    check(re.search(r"step \d+: the (loss of micro-batch \d+|gradient) is not finite: unit \d+ .*", said), said)
 
 
 def full_disk(directory):

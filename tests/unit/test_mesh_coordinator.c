@@ -299,6 +299,74 @@ static void test_loss_along_the_tree(void **state)
 	bench_free(b);
 }
 
+/* Its lease is done, and something of it is not finite. */
+static void span_troubled(struct bench *b, uint32_t member, double loss, struct trouble t)
+{
+	const struct lease *l = &member_of(b, member)->lease;
+	union wire_msg m = { .span_done = { .step = coord_now(b->c).step,
+					    .lease = l->id,
+					    .kind = l->kind,
+					    .first = l->node.first,
+					    .level = l->node.level,
+					    .loss = loss,
+					    .trouble = t.kind,
+					    .trouble_micro = t.micro,
+					    .trouble_unit = t.unit } };
+
+	say(b, member, WIRE_SPAN_DONE, &m);
+}
+
+static void vote_troubled(struct bench *b, uint32_t member, uint32_t units)
+{
+	union wire_msg m = { .vote = { .step = coord_now(b->c).step, .trouble_units = units } };
+	struct exact_sum sum;
+
+	exact_sum_clear(&sum);
+	exact_sum_add(&sum, INFINITY);
+	memcpy(m.vote.square_sum, &sum, sizeof(sum));
+	say(b, member, WIRE_VOTE, &m);
+}
+
+/* The worst, and of that the first micro-batch; of a gradient the last unit, since it came from there. */
+static void test_not_finite_is_named(void **state)
+{
+	static const struct {
+		struct trouble left, right; /* of the two workers' spans */
+		double loss;
+		const char *text;
+	} want[] = {
+		{ { TROUBLE_GRADIENT, 0, 0 },
+		  { TROUBLE_LOSS, 3, 5 },
+		  NAN,
+		  "step 1: the loss of micro-batch 3 is not finite: unit 5 is the first whose values are not" },
+		{ { TROUBLE_LOSS, 1, 2 },
+		  { TROUBLE_LOSS, 2, 1 },
+		  NAN,
+		  "the loss of micro-batch 1 is not finite: unit 2" },
+		{ { TROUBLE_GRADIENT, 1, 0 },
+		  { TROUBLE_GRADIENT, 2, 0 },
+		  1,
+		  "step 1: the gradient is not finite: unit 6 is the last with such a one, micro-batch 1 the first" },
+		{ { TROUBLE_NONE, 0, 0 },
+		  { TROUBLE_NONE, 0, 0 },
+		  1,
+		  "unit 6 is the last whose sum is not, of micro-batches 0 to 3" },
+	};
+	(void)state;
+
+	for (size_t i = 0; i < ARRAY_LEN(want); i++) {
+		struct bench *b = bench_new(2, 2, 4);
+
+		start(b);
+		span_troubled(b, b->worker[0], want[i].loss, want[i].left);
+		span_troubled(b, b->worker[1], want[i].loss, want[i].right);
+		vote_troubled(b, b->shard[0], 7);
+		vote_troubled(b, b->shard[1], 3);
+		expect_failed(b, EXIT_JOB_FAILED, want[i].text);
+		bench_free(b);
+	}
+}
+
 static void test_not_finite(void **state)
 {
 	struct bench *b = bench_new(1, 1, 2);
@@ -451,6 +519,7 @@ int main(void)
 		cmocka_unit_test(test_order_of_the_last),
 		cmocka_unit_test(test_loss_along_the_tree),
 		cmocka_unit_test(test_not_finite),
+		cmocka_unit_test(test_not_finite_is_named),
 		cmocka_unit_test(test_late_and_repeated),
 		cmocka_unit_test(test_broken_members),
 		cmocka_unit_test(test_broken_shards),
