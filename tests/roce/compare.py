@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compare.py DIR: the jobs that jobs.sh left in DIR/NAME/ gave the same bits, and no more bytes between hosts than due."""
+"""compare.py DIR NAME...: the jobs that jobs.sh left in DIR/NAME/ gave the same bits, and between hosts went the bytes
+that are due."""
 import pathlib
 import sys
 
@@ -20,11 +21,11 @@ def bytes_between(directory):
             share = count / STEPS / copy
             # Half of it is due twice for reads and once for pushes; evaluations, padding to pages and headers add.
             check(1 <= share <= 2.2, f"{directory.name}: guest {guest} {what} {share:.2f} copies of the model a step")
-            print(f"{directory.name}: guest {guest} {what} {share:.2f} copies of the model a step")
+            print(f"{directory.name}: guest {guest} {what} {share:.2f} copies of the model a step", flush=True)
 
 
 def main():
-    jobs = sorted(p.parent for p in pathlib.Path(sys.argv[1]).glob("*/steps.jsonl"))
+    jobs = [pathlib.Path(sys.argv[1]) / name for name in sys.argv[2:]]
     want = bits(jobs[0], STEPS)
     check(all(r[6] != "None" for r in want), "no state hash to compare")
     for job in jobs[1:]:

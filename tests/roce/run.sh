@@ -16,7 +16,7 @@ out=${1:-build/roce/run}
 guest_prepare
 export SHARDMESH_BIN=${SHARDMESH_BIN:-$PWD/build/release/bin}
 guest_run -n 2 -t 900 -o "$out/jobs" tests/roce/jobs.sh
-python3 tests/roce/compare.py "$out/jobs/jobs"
+python3 tests/roce/compare.py "$out/jobs/jobs" alone-local alone-verbs alone-ofi pair-verbs pair-auto link-down delay loss
 guest_run -t 300 -o "$out/measure" tests/roce/measure.sh 1
 ratios=$(python3 tests/roce/ratios.py "$out/measure/measured")
 echo "$ratios"
