@@ -76,8 +76,9 @@ static struct fab_ep *find_ep(struct fab *f, const struct vb_hello *h, bool acti
 	struct fab_ep *ep;
 
 	TAILQ_FOREACH(ep, &f->eps, link)
-	if (ep->active == active && ep->state < VB_EP_DOWN && !memcmp(ep->secret, h->secret, sizeof(ep->secret)))
-		return ep->nonce == h->nonce ? ep : NULL;
+	if (ep->active == active && ep->state < VB_EP_DOWN && ep->nonce == h->nonce &&
+	    !memcmp(ep->secret, h->secret, sizeof(ep->secret)))
+		return ep;
 	return NULL;
 }
 

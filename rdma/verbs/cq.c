@@ -49,7 +49,7 @@ static void on_failure(struct vb_qp *q, const struct ibv_wc *wc)
 	if (r->state == VB_DRAINING)
 		return;
 	if (wc->status == IBV_WC_WR_FLUSH_ERR) {
-		vb_rail_break(r, -ECONNRESET, "the queue pair went to error");
+		vb_rail_break(r, -EIO, "the queue pair went to error");
 		return;
 	}
 	if (!send)

@@ -209,9 +209,9 @@ void vb_ep_down(struct fab_ep *ep, int status, const char *why)
 {
 	if (ep->state >= VB_EP_DOWN)
 		return;
-	vb_count(&ep->fab->counters.errors, 1);
-	log_warn(ep->fab->log, "verbs: the connection with member %u is given up: %s: %s", ep->peer, why,
-		 strerror(-status));
+	vb_count(&ep->fab->counters.errors, status != -ECONNRESET);
+	log_write(ep->fab->log, status == -ECONNRESET ? LOG_INFO : LOG_WARN, LOG_WHERE,
+		  "verbs: the connection with member %u is given up: %s: %s", ep->peer, why, strerror(-status));
 	/* First, so that nothing is begun anew in between. */
 	ep->state = VB_EP_DOWN;
 	ep->status = status;

@@ -122,10 +122,11 @@ static struct vb_qp *pick(struct fab_ep *ep, const struct vb_op *o, uint32_t byt
 		return qp_has_room(ep->fab, o->qp, bytes) ? o->qp : NULL;
 	for (uint32_t i = 0; i < ep->n_rails; i++) {
 		struct vb_rail *r = &ep->rail[i];
-		struct vb_qp *q = r->qp + (o->write ? ep->qps : 0);
+		struct vb_qp *q;
 
 		if (r->state != VB_UP)
 			continue;
+		q = r->qp + (o->write ? ep->qps : 0);
 		for (uint32_t k = 0; k < ep->qps; k++)
 			if (qp_has_room(ep->fab, &q[k], bytes) && (!best || q[k].in_flight < best->in_flight))
 				best = &q[k];

@@ -127,9 +127,10 @@ void vb_rail_break(struct vb_rail *r, int status, const char *why)
 
 	if (r->state == VB_IDLE || r->state == VB_DRAINING)
 		return;
-	vb_count(&f->counters.errors, 1);
-	log_warn(f->log, "verbs: %s to member %u is broken: %s: %s", r->port->name, r->ep->peer, why,
-		 strerror(-status));
+	/* A peer that goes is nothing unusual; whoever posted something hears of it. */
+	vb_count(&f->counters.errors, status != -ECONNRESET);
+	log_write(f->log, status == -ECONNRESET ? LOG_INFO : LOG_WARN, LOG_WHERE,
+		  "verbs: %s to member %u is broken: %s: %s", r->port->name, r->ep->peer, why, strerror(-status));
 	if (r->state == VB_UP && clock_now_ns() - r->since_ns > VB_STEADY_NS)
 		r->attempts = 0;
 	/* Automatic means that what does not work is not insisted on. */

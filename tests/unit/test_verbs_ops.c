@@ -1,0 +1,363 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Reads, pushes and notices of the provider verbs, on the stub: how they are cut, posted and counted. */
+#include "verbs_pair.h"
+
+#include <poll.h>
+
+static void reads_of_any_size(void **state)
+{
+	static const uint64_t bytes[] = { 1, 8, 4096, 512 << 10, (512 << 10) + 1, 5 * MIB + 77 };
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, 8 * MIB);
+	fill(memory(&v, v.params), 8 * MIB, 3);
+	for (size_t i = 0; i < ARRAY_LEN(bytes); i++) {
+		struct fab_op op = vread(&v, 4096 + i, bytes[i], i);
+		struct fab_event ev;
+
+		memset(memory(&v, v.mine), 0, 8 * MIB);
+		assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+		ev = await(&v, &v.a, LONG);
+		assert_int_equal(ev.type, FAB_EV_READ);
+		assert_int_equal(ev.user, i);
+		assert_int_equal(ev.status, 0);
+		assert_memory_equal(memory(&v, v.mine) + 4096 + i, memory(&v, v.params) + 4096 + i, bytes[i]);
+		assert_int_equal(memory(&v, v.mine)[4095 + i], 0);
+		assert_int_equal(memory(&v, v.mine)[4096 + i + bytes[i]], 0);
+	}
+	assert_int_equal(v.ops->counters(v.a.f)->reads, ARRAY_LEN(bytes));
+	quiet(&v);
+	vpair_close(&v);
+}
+
+/* A notice for each operation, however many slices it has, and its bytes are there. */
+static void pushes_of_any_size(void **state)
+{
+	static const uint64_t bytes[] = { 1, 64, 65, 512 << 10, 3 * MIB + 5 };
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, 4 * MIB);
+	fill(memory(&v, v.mine), 4 * MIB, 9);
+	for (uint32_t i = 0; i < ARRAY_LEN(bytes); i++) {
+		struct fab_op op = vwrite(&v, 128, bytes[i], 40 + i);
+		struct fab_event ev;
+
+		assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
+		ev = await(&v, &v.b, LONG);
+		assert_int_equal(ev.type, FAB_EV_NOTICE);
+		assert_int_equal(ev.imm, 40 + i);
+		assert_int_equal(ev.user, 22);
+		assert_memory_equal(memory(&v, v.inbox) + 128, memory(&v, v.mine) + 128, bytes[i]);
+		ev = await(&v, &v.a, LONG);
+		assert_int_equal(ev.type, FAB_EV_WRITE);
+		assert_int_equal(ev.user, 1040 + i);
+		quiet(&v);
+	}
+	/* And the end of the last. */
+	assert_int_equal(stub.inline_n, 3);
+	vpair_close(&v);
+}
+
+/* A full batch goes out in chains, is completed by their last, and everybody gets what is his. */
+static void batches_are_chained(void **state)
+{
+	struct fab_op op[FAB_BATCH_MAX];
+	bool seen[FAB_BATCH_MAX] = { false };
+	struct vpair v;
+	uint32_t posts;
+
+	(void)state;
+	vpair_open(&v, NULL, MIB);
+	fill(memory(&v, v.params), MIB, 1);
+	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
+		op[i] = vread(&v, i * 4096ull, 4096, i);
+	posts = stub.posts;
+	assert_int_equal(v.ops->read(v.a.ep, op, FAB_BATCH_MAX), 0);
+	assert_int_equal(stub.chain_max, 32);
+	assert_int_equal(stub.posts - posts, FAB_BATCH_MAX / 32);
+	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++) {
+		struct fab_event ev = await(&v, &v.a, LONG);
+
+		assert_int_equal(ev.status, 0);
+		assert_true(ev.user < FAB_BATCH_MAX && !seen[ev.user]);
+		seen[ev.user] = true;
+	}
+	assert_true(filled(memory(&v, v.mine), MIB, 1));
+	vpair_close(&v);
+}
+
+/* More than is posted at once waits and goes out as the first comes back; then there is -EAGAIN. */
+static void too_much_waits(void **state)
+{
+	const struct fab_options o = { .inflight_bytes = MIB };
+	struct fab_op op[FAB_BATCH_MAX];
+	uint32_t posted = 0;
+	struct vpair v;
+	int ret;
+
+	(void)state;
+	vpair_open(&v, &o, MIB);
+	stub.hold = true;
+	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
+		op[i] = vread(&v, i * 4096ull, 4096, i);
+	while ((ret = v.ops->read(v.a.ep, op, FAB_BATCH_MAX)) == 0)
+		posted += FAB_BATCH_MAX;
+	assert_int_equal(ret, -EAGAIN);
+	assert_true(posted >= 512);
+	quiet(&v);
+	stub.hold = false;
+	completions(&v, posted);
+	quiet(&v);
+	vpair_close(&v);
+}
+
+/* The budget is of bytes with the NIC: four slices, though eight would fit the queues. */
+static void the_budget_holds(void **state)
+{
+	const struct fab_options o = { .inflight_bytes = 2 * MIB };
+	struct fab_op op;
+	struct vpair v;
+	uint32_t posts;
+
+	(void)state;
+	vpair_open(&v, &o, 8 * MIB);
+	stub.hold = true;
+	posts = stub.posts;
+	op = vread(&v, 0, 4 * MIB, 1);
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	/* Two chains. */
+	assert_int_equal(stub.posts - posts, 2);
+	assert_int_equal(stub_waiting(), 4);
+	stub.hold = false;
+	completions(&v, 1);
+	vpair_close(&v);
+}
+
+static void notices_outnumber_receives(void **state)
+{
+	enum { N = 3000 };
+	uint8_t seen[N] = { 0 };
+	uint32_t posted = 0, noticed = 0;
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, 8 * N);
+	while (noticed < N) {
+		struct fab_op op = vwrite(&v, 8ull * posted, 8, posted);
+		struct fab_event ev;
+
+		if (posted < N && v.ops->write_notify(v.a.ep, &op, 1) == 0)
+			posted++;
+		while ((ev = await(&v, &v.b, 1)).type == FAB_EV_NOTICE) {
+			assert_true(ev.imm < N && !seen[ev.imm]++);
+			noticed++;
+		}
+		while (await(&v, &v.a, 0).type == FAB_EV_WRITE)
+			;
+	}
+	quiet(&v);
+	assert_int_equal(v.ops->counters(v.b.f)->notices, N);
+	vpair_close(&v);
+}
+
+/* Nobody takes notices: the writer waits, nothing is lost, and nothing is in the way of reads. */
+static void a_side_that_does_not_poll(void **state)
+{
+	struct fab_op op[FAB_BATCH_MAX], read_one;
+	struct fab_event ev;
+	uint32_t done = 0;
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, MIB);
+	for (uint32_t round = 0; round < 4; round++) {
+		for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
+			op[i] = vwrite(&v, 8ull * i, 8, round * FAB_BATCH_MAX + i);
+		assert_int_equal(v.ops->write_notify(v.a.ep, op, FAB_BATCH_MAX), 0);
+	}
+	for (int i = 0; i < 100; i++) {
+		side_poll(&v, &v.a, &v.b);
+		nap();
+	}
+	done = v.a.n;
+	assert_true(done < 4 * FAB_BATCH_MAX);
+	v.a.n = v.a.taken = 0;
+	completions(&v, 4 * FAB_BATCH_MAX - done);
+	for (uint32_t i = 0; i < 4 * FAB_BATCH_MAX; i++)
+		assert_int_equal((ev = await(&v, &v.b, LONG)).type, FAB_EV_NOTICE);
+	read_one = vread(&v, 0, 8, 1);
+	assert_int_equal(v.ops->read(v.a.ep, &read_one, 1), 0);
+	completions(&v, 1);
+	vpair_close(&v);
+}
+
+/* Regions that a device registers in pieces: operations are cut where keys end, on both sides. */
+static void pieces_are_sewn_together(void **state)
+{
+	struct fab_op op;
+	struct vpair v;
+
+	(void)state;
+	stub.max_mr_size = 2 * MIB + 5;
+	vpair_open(&v, NULL, 7 * MIB);
+	fill(memory(&v, v.params), 7 * MIB, 5);
+	op = vread(&v, 3, 7 * MIB - 3, 1);
+	op.local_offset = 1;
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	completions(&v, 1);
+	assert_memory_equal(memory(&v, v.mine) + 1, memory(&v, v.params) + 3, 7 * MIB - 3);
+	op = vwrite(&v, 0, 7 * MIB, 8);
+	assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
+	assert_int_equal(await(&v, &v.b, LONG).imm, 8);
+	assert_memory_equal(memory(&v, v.mine), memory(&v, v.inbox), 7 * MIB);
+	vpair_close(&v);
+	stub_reset();
+}
+
+/* Two devices of different kinds: both carry, and each pair of ports has what both can. */
+static void rails_share_the_work(void **state)
+{
+	struct fab_op op;
+	struct vpair v;
+	char text[200];
+
+	(void)state;
+	stub.n_devices = 2;
+	vpair_open(&v, NULL, 8 * MIB);
+	assert_int_equal(v.ops->counters(v.a.f)->connects, 2);
+	assert_int_equal(stub_qps(), 16);
+	fill(memory(&v, v.params), 8 * MIB, 2);
+	op = vread(&v, 0, 8 * MIB, 1);
+	stub.hold = true;
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	assert_int_equal(stub.posts, 4);
+	stub.hold = false;
+	completions(&v, 1);
+	assert_true(filled(memory(&v, v.mine), 8 * MIB, 2));
+	v.ops->describe(v.a.ep, text, sizeof(text));
+	assert_non_null(strstr(text, "stub0/1 RoCE v2, GID 2, MTU"));
+	assert_non_null(strstr(text, "2 of 2 rails"));
+	vpair_close(&v);
+	stub_reset();
+}
+
+static void sleepers_are_woken(void **state)
+{
+	struct vpair v;
+	struct pollfd pfd = { .events = POLLIN };
+	struct fab_op op;
+
+	(void)state;
+	vpair_open(&v, NULL, MIB);
+	pfd.fd = v.ops->fd(v.b.f);
+	while (!v.ops->arm(v.b.f) || poll(&pfd, 1, 0))
+		both_poll(&v);
+	op = vwrite(&v, 0, 4096, 7);
+	assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
+	stub_step();
+	assert_int_equal(poll(&pfd, 1, 1000), 1);
+	assert_int_equal(await(&v, &v.b, 3).imm, 7);
+	completions(&v, 1);
+	/* A reader that sleeps while it is in flight. */
+	pfd.fd = v.ops->fd(v.a.f);
+	stub.hold = true;
+	op = vread(&v, 0, 4096, 1);
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	side_poll(&v, &v.a, &v.b);
+	assert_true(v.ops->arm(v.a.f));
+	stub.hold = false;
+	stub_step();
+	assert_int_equal(poll(&pfd, 1, 1000), 1);
+	completions(&v, 1);
+	vpair_close(&v);
+}
+
+static void regions_are_what_they_say(void **state)
+{
+	struct fab_region_attr attr = { .name = "gpu", .memory = FAB_CUDA, .bytes = 4096 };
+	struct fab_region *r = NULL, *local, *second;
+	struct fab_remote *remote = NULL;
+	struct fab_blob blob, wrong;
+	struct err e = { 0 };
+	struct vpair v;
+
+	(void)state;
+	stub_reset();
+	vpair_open(&v, NULL, MIB);
+	assert_int_equal(v.ops->region_open(v.a.f, &attr, &r, &e), -ENOTSUP);
+	assert_non_null(strstr(e.text, "GPU 0"));
+	attr.memory = FAB_HOST;
+	attr.bytes = 0;
+	assert_int_equal(v.ops->region_open(v.a.f, &attr, &r, &e), -EINVAL);
+	local = region_new(v.ops, v.b.f, 4096, FAB_LOCAL);
+	assert_int_equal(v.ops->export_region(v.b.ep, local, &blob), -EPERM);
+	assert_int_equal(v.ops->export_region(v.b.ep, v.inbox, &blob), -EPERM);
+	second = region_new(v.ops, v.a.f, 4096, FAB_REMOTE_WRITE);
+	assert_int_equal(v.ops->export_region(v.a.ep, second, &blob), -ENOTSUP);
+	/* Where reads land only. */
+	assert_int_equal(stub.relaxed_n, 1);
+
+	assert_int_equal(v.ops->export_region(v.b.ep, v.params, &blob), 0);
+	for (uint32_t cut = 0; cut < blob.bytes; cut++) {
+		wrong = blob;
+		wrong.bytes = cut;
+		assert_int_equal(v.ops->import_region(v.a.ep, &wrong, &remote), -EINVAL);
+	}
+	for (uint32_t at = 0; at < 8; at++) {
+		wrong = blob;
+		wrong.data[at] ^= 0x55;
+		assert_int_equal(v.ops->import_region(v.a.ep, &wrong, &remote), -EINVAL);
+	}
+	wrong = blob;
+	memset(wrong.data + 8, 0xff, 16);
+	assert_int_equal(v.ops->import_region(v.a.ep, &wrong, &remote), -EINVAL);
+	assert_int_equal(v.ops->import_region(v.a.ep, &blob, &remote), 0);
+	assert_int_equal(v.ops->remote_bytes(remote), MIB);
+	assert_int_equal(v.ops->map(remote, 0, 4096, NULL, NULL), -ENOTSUP);
+	v.ops->remote_close(remote);
+	vpair_close(&v);
+}
+
+/* One memory over two instances: the second adopts what the first made. */
+static void memory_is_adopted(void **state)
+{
+	const struct fab_ops *local = fab_provider("local");
+	struct fab *f = fab_new(local, 2, NULL);
+	struct fab_region *made = region_new(local, f, MIB, FAB_REMOTE_READ);
+	struct fab_region_attr attr = { .name = "params", .bytes = MIB, .access = FAB_REMOTE_READ };
+	struct fab_region *adopted = NULL;
+	struct err e = { 0 };
+	struct fab_op op;
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, MIB);
+	attr.at = local->region_addr(made);
+	assert_int_equal(v.ops->region_open(v.b.f, &attr, &adopted, &e), 0);
+	assert_ptr_equal(v.ops->region_addr(adopted), attr.at);
+	fill(attr.at, MIB, 77);
+	v.params_of_b = pass(&v, adopted);
+	op = vread(&v, 0, MIB, 1);
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	completions(&v, 1);
+	assert_true(filled(memory(&v, v.mine), MIB, 77));
+	vpair_close(&v);
+	assert_true(filled(attr.at, MIB, 77));
+	local->close(f);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(reads_of_any_size),         cmocka_unit_test(pushes_of_any_size),
+		cmocka_unit_test(batches_are_chained),       cmocka_unit_test(too_much_waits),
+		cmocka_unit_test(the_budget_holds),          cmocka_unit_test(notices_outnumber_receives),
+		cmocka_unit_test(a_side_that_does_not_poll), cmocka_unit_test(pieces_are_sewn_together),
+		cmocka_unit_test(rails_share_the_work),      cmocka_unit_test(sleepers_are_woken),
+		cmocka_unit_test(regions_are_what_they_say), cmocka_unit_test(memory_is_adopted),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
