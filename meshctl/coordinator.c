@@ -10,6 +10,19 @@
 #include <string.h>
 #include <unistd.h>
 
+static int lay_networks(const struct fab_flags *f, struct job_config *c, struct err *e)
+{
+	struct fab_setting s[FAB_SETTINGS];
+	struct fab_options checked = { .devices = NULL };
+	int rc = fab_flags_apply(f, &checked, e);
+
+	fab_flags_settings(f, s);
+	for (uint32_t i = 0; i < FAB_SETTINGS && !rc; i++)
+		if (s[i].value && job_config_set_rdma(c, s[i].name, s[i].value))
+			rc = err_set(e, -ENOMEM, "out of memory");
+	return rc;
+}
+
 int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c)
 {
 	struct job_overrides over = {
@@ -19,7 +32,7 @@ int config_flags_load(const struct config_flags *f, bool seed_given, struct job_
 		.steps = f->steps,
 		.seed = seed_given ? &f->seed : NULL,
 		.run_dir = f->run_dir,
-		.fabric = f->fabric,
+		.fabric = f->fabric.fabric,
 	};
 	struct err e = { 0 };
 
@@ -31,7 +44,7 @@ int config_flags_load(const struct config_flags *f, bool seed_given, struct job_
 		fprintf(stderr, "meshctl: %s\n", e.text);
 		return EXIT_CONFIG;
 	}
-	if (job_config_override(c, &over, &e) || job_config_validate(c, &e)) {
+	if (job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) || job_config_validate(c, &e)) {
 		fprintf(stderr, "meshctl: %s: %s\n", f->config, e.text);
 		job_config_release(c);
 		return EXIT_CONFIG;

@@ -4,6 +4,7 @@
 #define SHARDMESH_MESHCTL_H
 
 #include "mesh/mesh.h"
+#include "rdma/fabric.h"
 
 #include <jansson.h>
 #include <sys/types.h>
@@ -24,7 +25,8 @@ int usage_error(const char *command, const struct err *e);
 
 /* The flags that lay over a config, shared by run and coordinator. */
 struct config_flags {
-	const char *config, *run_dir, *fabric;
+	const char *config, *run_dir;
+	struct fab_flags fabric;
 	uint64_t shards, workers, threads, steps, seed;
 };
 /* Their entries, first in a command's table: opts[CONFIG_OPT_SEED].set says whether a seed was given. */
@@ -37,9 +39,7 @@ enum { CONFIG_OPT_FILE, CONFIG_OPT_SEED };
 		{ "threads", OPT_U64, &(f).threads, "N", "threads a worker, and a shard service", false }, \
 		{ "steps", OPT_U64, &(f).steps, "N", "steps to train", false },                            \
 		{ "run-dir", OPT_STR, &(f).run_dir, "DIR", "steps.jsonl, logs, model/", false },           \
-	{                                                                                                  \
-		"fabric", OPT_STR, &(f).fabric, "NAME", "auto, local, local-copy", false                   \
-	}
+		FAB_FLAG_OPTS((f).fabric)
 /* Loads, overrides, validates; messages name the file. The exit code; c is only filled in with 0. */
 int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c);
 

@@ -504,6 +504,7 @@ void job_config_release(struct job_config *c)
 	free(c->data.end_token);
 	free(c->weights);
 	free(c->fabric);
+	ds_rdma_release(c);
 	free(c->math);
 	free(c->run_dir);
 	*c = (struct job_config){ 0 };

@@ -32,12 +32,9 @@ static int override_string(char **field, char *copy, struct err *e)
 
 static int override_fabric(struct job_config *c, const char *fabric, struct err *e)
 {
-	static const char *const known[] = { "auto", "local", "local-copy" };
-
-	for (size_t i = 0; i < ARRAY_LEN(known); i++)
-		if (!strcmp(fabric, known[i]))
-			return override_string(&c->fabric, strdup(fabric), e);
-	return err_set(e, -EINVAL, "--fabric: expected auto, local or local-copy, found \"%s\"", fabric);
+	if (ds_fabric_known(fabric))
+		return override_string(&c->fabric, strdup(fabric), e);
+	return err_set(e, -EINVAL, "--fabric: expected auto, local, local-copy, verbs or ofi, found \"%s\"", fabric);
 }
 
 int job_config_override(struct job_config *c, const struct job_overrides *o, struct err *e)
@@ -302,6 +299,7 @@ static int put_shardmesh(json_t *root, const struct job_config *c)
 	bad |= put(root, "shardmesh.data.sequence_length", json_integer(c->data.sequence_length));
 	bad |= put(root, "shardmesh.eval_batches", json_integer(c->eval_batches));
 	bad |= put(root, "shardmesh.fabric", json_string(c->fabric));
+	bad |= put(root, "shardmesh.rdma", ds_rdma_json(c));
 	bad |= put(root, "shardmesh.math", json_string(c->math));
 	bad |= put(root, "shardmesh.run_dir", json_string(c->run_dir));
 	bad |= put(root, "shardmesh.activations", json_string(activations[c->activations]));

@@ -85,6 +85,7 @@ int ds_read_sequence_length(struct ds_parse *p, const struct json_path *path, co
 int ds_read_eval_batches(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_activations(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_fabric(struct ds_parse *p, const struct json_path *path, const json_t *v);
+int ds_read_rdma(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_math(struct ds_parse *p, const struct json_path *path, const json_t *v);
 int ds_read_run_dir(struct ds_parse *p, const struct json_path *path, const json_t *v);
 
@@ -92,5 +93,11 @@ int ds_read_run_dir(struct ds_parse *p, const struct json_path *path, const json
 int ds_read_text(const char *path, char **out, struct err *e);
 /* path taken from base_dir (NULL: the working directory) and made absolute; malloced, NULL when out of memory. */
 char *ds_absolute(const char *base_dir, const char *path);
+
+/* "shardmesh.rdma" as it was read; NULL when memory is short. */
+json_t *ds_rdma_json(const struct job_config *c);
+void ds_rdma_release(struct job_config *c);
+/* Is it a word for "shardmesh.fabric"? */
+bool ds_fabric_known(const char *name);
 
 #endif

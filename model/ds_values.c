@@ -516,10 +516,14 @@ static int replace_string(struct ds_parse *p, char **field, const char *s)
 
 int ds_read_fabric(struct ds_parse *p, const struct json_path *path, const json_t *v)
 {
-	static const char *const words[] = { "auto", "local", "local-copy", NULL };
-	int i = read_word(p, path, v, words);
+	const char *word = json_string_value(v);
+	char words[64];
 
-	return i < 0 ? i : replace_string(p, &p->c->fabric, words[i]);
+	if (!word || !ds_fabric_known(word))
+		return json_fail(&p->doc, path, p->e,
+				 "expected \"auto\", \"local\", \"local-copy\", \"verbs\" or \"ofi\", found %s",
+				 json_words(v, words));
+	return replace_string(p, &p->c->fabric, word);
 }
 
 int ds_read_math(struct ds_parse *p, const struct json_path *path, const json_t *v)

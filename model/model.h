@@ -146,6 +146,13 @@ const char *data_token_kind(const struct data_config *c);
 /* Whether any source holds documents that must not see each other: data_first_keys. */
 bool data_config_packed(const struct data_config *c);
 
+/* An option of networks as rdma takes it: fab_options_set(name, value). */
+struct rdma_setting {
+	const char *name;
+	char *value;
+};
+#define RDMA_SETTINGS_MAX 10
+
 struct job_config {
 	/* batch arithmetic as given; 0: not given */
 	uint64_t train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps;
@@ -162,7 +169,9 @@ struct job_config {
 	uint64_t eval_interval; /* steps between evaluations; 0: only after the last step */
 	uint32_t eval_batches;  /* micro-batches an evaluation; 0: none at all */
 	uint32_t shards, workers, threads_per_worker, threads_per_shard; /* threads 0: automatic */
-	char *fabric;                                                    /* "auto", "local", "local-copy" */
+	char *fabric; /* "auto", "local", "local-copy", "verbs", "ofi" */
+	struct rdma_setting rdma[RDMA_SETTINGS_MAX];
+	uint32_t n_rdma;
 	char *math;                                                      /* "" or k_profile_detect's `want` */
 	char *run_dir;
 	uint64_t state_hash_interval; /* 0: never */
@@ -191,6 +200,8 @@ struct job_overrides {
 	const uint64_t *seed;
 	const char *run_dir, *fabric;
 };
+/* The same for one option of networks. -EINVAL: there is none of the name; -ENOMEM. */
+int job_config_set_rdma(struct job_config *c, const char *name, const char *value);
 int job_config_override(struct job_config *c, const struct job_overrides *o, struct err *e);
 /* Everything that can be checked without touching data: counts, lengths, positions. */
 int job_config_validate(const struct job_config *c, struct err *e);

@@ -148,6 +148,12 @@ struct fab_flags {
 	{                                                                                                        \
 		"ofi-provider", OPT_STR, &(f).ofi_provider, "NAME", "libfabric's provider (tcp;ofi_rxm)", false  \
 	}
+/* The networks' options among them, by name; value NULL: not given. */
+#define FAB_SETTINGS 10
+struct fab_setting {
+	const char *name, *value;
+};
+void fab_flags_settings(const struct fab_flags *f, struct fab_setting out[FAB_SETTINGS]);
 /* Lays what was given over *o. */
 int fab_flags_apply(const struct fab_flags *f, struct fab_options *o, struct err *e);
 

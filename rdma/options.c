@@ -91,11 +91,9 @@ int fab_options_set(struct fab_options *o, const char *name, const char *value, 
 	return 0;
 }
 
-int fab_flags_apply(const struct fab_flags *f, struct fab_options *o, struct err *e)
+void fab_flags_settings(const struct fab_flags *f, struct fab_setting out[FAB_SETTINGS])
 {
-	const struct {
-		const char *name, *value;
-	} given[] = {
+	const struct fab_setting all[] = {
 		{ "connect", f->connect },
 		{ "devices", f->devices },
 		{ "queue_pairs", f->queue_pairs },
@@ -107,10 +105,19 @@ int fab_flags_apply(const struct fab_flags *f, struct fab_options *o, struct err
 		{ "timeout", f->timeout },
 		{ "ofi_provider", f->ofi_provider },
 	};
+
+	_Static_assert(ARRAY_LEN(all) == FAB_SETTINGS, "all of them");
+	memcpy(out, all, sizeof(all));
+}
+
+int fab_flags_apply(const struct fab_flags *f, struct fab_options *o, struct err *e)
+{
+	struct fab_setting s[FAB_SETTINGS];
 	int rc = 0;
 
-	for (size_t i = 0; i < ARRAY_LEN(given) && !rc; i++)
-		if (given[i].value)
-			rc = fab_options_set(o, given[i].name, given[i].value, e);
+	fab_flags_settings(f, s);
+	for (uint32_t i = 0; i < FAB_SETTINGS && !rc; i++)
+		if (s[i].value)
+			rc = fab_options_set(o, s[i].name, s[i].value, e);
 	return rc;
 }

@@ -102,8 +102,12 @@ static const struct fab_ops *home_provider(const struct fab_candidate *c, int n)
 int fabrics_open(struct shard *s, struct err *e)
 {
 	struct fab_candidate c[FAB_CANDIDATES_MAX];
-	int n, rc = fab_flags_apply(&s->fabric_flags, &s->fabric_options, e);
+	int n, rc = 0;
 
+	for (uint32_t i = 0; i < s->job.n_rdma && !rc; i++)
+		rc = fab_options_set(&s->fabric_options, s->job.rdma[i].name, s->job.rdma[i].value, e);
+	if (!rc)
+		rc = fab_flags_apply(&s->fabric_flags, &s->fabric_options, e);
 	if (rc)
 		return rc;
 	s->fabric_want = s->fabric_flags.fabric ? s->fabric_flags.fabric : s->job.fabric;

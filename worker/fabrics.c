@@ -41,8 +41,12 @@ static void find_address(struct worker *w)
 int fabrics_options(struct worker *w, struct err *e)
 {
 	struct fab_candidate c[FAB_CANDIDATES_MAX];
-	int rc = fab_flags_apply(&w->fabric_flags, &w->fabric_options, e);
+	int rc = 0;
 
+	for (uint32_t i = 0; i < w->config.n_rdma && !rc; i++)
+		rc = fab_options_set(&w->fabric_options, w->config.rdma[i].name, w->config.rdma[i].value, e);
+	if (!rc)
+		rc = fab_flags_apply(&w->fabric_flags, &w->fabric_options, e);
 	if (rc)
 		return rc;
 	w->fabric_want = w->fabric_flags.fabric ? w->fabric_flags.fabric : w->config.fabric;

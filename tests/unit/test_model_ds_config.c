@@ -117,7 +117,8 @@ static const char users_file[] =
 	"    \"data\": { \"train\": [ \"/x/1.bin\", \"./sub/2.bin\", ], \"format\": \"llmc\", \"sequence_length\": 64,\n"
 	"              \"validation\": \"v.bin\" },\n"
 	"    \"steps\": 100, \"seed\": 7, \"eval_interval\": 10, \"shards\": 4, \"workers\": 2, \"fabric\": \"local\",\n"
-	"    \"run_dir\": \"/runs/1\", \"activations\": \"recompute\", \"activation_memory\": 1e9 },\n"
+	"    \"run_dir\": \"/runs/1\", \"activations\": \"recompute\", \"activation_memory\": 1e9,\n"
+	"    \"rdma\": { \"connect\": \"cm\", \"mtu\": 1024, \"gid_index\": \"auto\", \"ofi_provider\": \"tcp\" } },\n"
 	"}\n";
 
 static void test_users_file(void **state)
@@ -128,6 +129,9 @@ static void test_users_file(void **state)
 	(void)state;
 	if (job_config_parse(users_file, "ds.json", "/base", &c, &e))
 		fail_msg("%s", e.text);
+	assert_int_equal(c.n_rdma, 3);
+	assert_string_equal(c.rdma[1].name, "mtu");
+	assert_string_equal(c.rdma[1].value, "1024");
 	assert_int_equal(c.train_batch_size, 24);
 	assert_int_equal(c.train_micro_batch_size_per_gpu, 0);
 	assert_true(c.gradient_clipping == 1.0);
@@ -264,8 +268,15 @@ static void test_own_section(void **state)
 		{ MODEL ", \"data\": {\"train\": \"a\", \"format\": \"csv\"}",
 		  "ds.json:1: shardmesh.data.format: expected \"bytes\", \"llmc\", \"nanogpt\", \"jsonl\" or \"text\", found "
 		  "\"csv\"" },
-		{ MODEL ", " DATA ", \"fabric\": \"verbs\"",
-		  "ds.json:1: shardmesh.fabric: expected \"auto\", \"local\" or \"local-copy\", found \"verbs\"" },
+		{ MODEL ", " DATA ", \"fabric\": \"tcp\"",
+		  "ds.json:1: shardmesh.fabric: expected \"auto\", \"local\", \"local-copy\", \"verbs\" or \"ofi\", found "
+		  "\"tcp\"" },
+		{ MODEL ", " DATA ", \"rdma\": { \"mtu\": 1500 }",
+		  "ds.json:1: shardmesh.rdma.mtu: expected 256, 512, 1024, 2048 or 4096, found 1500" },
+		{ MODEL ", " DATA ", \"rdma\": { \"connect\": \"now\" }",
+		  "ds.json:1: shardmesh.rdma.connect: expected \"auto\", \"cm\" or \"control\", found \"now\"" },
+		{ MODEL ", " DATA ", \"rdma\": { \"service_level\": 16 }",
+		  "ds.json:1: shardmesh.rdma.service_level: expected an integer from 0 to 15, found 16" },
 		{ MODEL ", " DATA ", \"worker\": 2",
 		  "ds.json:1: shardmesh.worker: unknown key; did you mean \"workers\"?" },
 		{ MODEL ", " DATA ", \"shards\": 0",
@@ -431,6 +442,11 @@ static void assert_configs_equal(const struct job_config *a, const struct job_co
 	assert_int_equal(a->threads_per_worker, b->threads_per_worker);
 	assert_int_equal(a->threads_per_shard, b->threads_per_shard);
 	assert_string_equal(a->fabric, b->fabric);
+	assert_int_equal(a->n_rdma, b->n_rdma);
+	for (uint32_t i = 0; i < a->n_rdma; i++) {
+		assert_string_equal(a->rdma[i].name, b->rdma[i].name);
+		assert_string_equal(a->rdma[i].value, b->rdma[i].value);
+	}
 	assert_string_equal(a->math, b->math);
 	assert_string_equal(a->run_dir, b->run_dir);
 	assert_int_equal(a->state_hash_interval, b->state_hash_interval);
@@ -511,7 +527,7 @@ static void test_override(void **state)
 	snprintf(want, sizeof(want), "%s/here", cwd);
 	assert_string_equal(c.run_dir, want);
 	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .fabric = "tcp" }, &e), -EINVAL);
-	assert_string_equal(e.text, "--fabric: expected auto, local or local-copy, found \"tcp\"");
+	assert_string_equal(e.text, "--fabric: expected auto, local, local-copy, verbs or ofi, found \"tcp\"");
 	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .workers = 5000 }, &e), -EINVAL);
 	assert_string_equal(e.text, "--workers: expected at most 4096, found 5000");
 	job_config_release(&c);
