@@ -224,9 +224,14 @@ void coord_gone(struct coord *c, uint32_t member, const char *why, uint64_t now_
 
 /* ------------------------------------------------------------------ timers */
 
+/*
+ * Who prepares (reads data, allocates, makes its parameters) may be silent for
+ * as long as a join may take: its control thread does it. If it dies, its
+ * connection says so.
+ */
 static bool too_late(const struct coord *c, const struct seat *s, char *why, size_t bytes)
 {
-	if (c->now_ns > s->pub.last_seen_ns + c->cfg.heartbeat_timeout_ns) {
+	if (s->pub.ready && c->now_ns > s->pub.last_seen_ns + c->cfg.heartbeat_timeout_ns) {
 		snprintf(why, bytes, "no word from it for %.1f s", clock_seconds(c->now_ns - s->pub.last_seen_ns));
 		return true;
 	}
