@@ -12,7 +12,8 @@ set -euo pipefail
 
 # libdnnl2 and libopenblas0-pthread are loaded at run time; nothing is linked to them.
 build=(gcc libc6-dev cmake ninja-build pkg-config libevent-dev libjansson-dev libssl-dev libxxhash-dev
-	libpcre2-dev libutf8proc-dev libfabric-dev libibverbs-dev librdmacm-dev libdnnl2 libopenblas0-pthread)
+	libpcre2-dev libutf8proc-dev libfabric-dev libibverbs-dev librdmacm-dev libnuma-dev libdnnl2
+	libopenblas0-pthread)
 test=(clang clang-format clang-tidy libclang-rt-14-dev libcmocka-dev python3 shellcheck)
 text=(perl-doc)
 roce=(qemu-system-x86 busybox-static cpio kmod iproute2 procps python3 rdma-core ibverbs-providers ibverbs-utils

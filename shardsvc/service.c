@@ -9,6 +9,7 @@
  *   STEP, EXPORT    reduce.c, export.c
  *   SHUTDOWN, loss  the end; the first reason counts
  */
+#include "shardsvc/node.h"
 #include "shardsvc/shard.h"
 
 #include <assert.h>
@@ -66,6 +67,8 @@ static int on_welcome(void *ctx, const struct msg_welcome *w, struct err *e)
 	s->welcomed = true;
 	s->n_shards = w->n_shards;
 	s->n_workers = w->n_workers;
+	s->host_index = w->host_index;
+	s->host_members = w->host_members;
 	snprintf(s->log.who, sizeof(s->log.who), "shard-%u", w->member);
 	rc = k_profile_detect("portable", &s->data.profile, reason, e);
 	if (rc)
@@ -221,12 +224,25 @@ static int add_event(struct shard *s, struct event **ev, int fd, event_callback_
 	return 0;
 }
 
+/* Before anything is allocated and any thread started: both come to stay where this thread is. */
+static void choose_node(struct shard *s)
+{
+	const struct node_want want = { .host_index = s->host_index,
+					.host_members = s->host_members,
+					.threads = s->data.threads,
+					.bytes = s->plan.mem.total };
+
+	node_bind(&s->log, &want);
+}
+
 static int prepare(struct shard *s, uint32_t *shards, struct err *e)
 {
 	int rc = map_pages(s, shards, e);
 
 	if (!rc)
 		rc = make_plan(s, e);
+	if (!rc)
+		choose_node(s);
 	if (!rc)
 		rc = allocate(s, e);
 	if (rc)

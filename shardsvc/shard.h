@@ -347,6 +347,7 @@ struct shard {
 	/* from WELCOME */
 	bool welcomed;
 	uint32_t n_shards, n_workers;
+	uint32_t host_index, host_members; /* among the host's shard services */
 	struct job_config job;
 	struct batch_plan batch;
 	struct unit_table table;
