@@ -397,6 +397,8 @@ static void add_metrics(struct worker *w)
 	metrics_add(m, "mesh_fetch_units_total", "units fetched for use", &c->fetch_units);
 	metrics_add(m, "mesh_fetch_bytes_total", "parameter bytes copied from shard services", &c->fetch_bytes);
 	metrics_add(m, "mesh_fetch_wait_ns_total", "time the compute thread waited for units", &c->fetch_wait_ns);
+	metrics_add(m, "mesh_live_parameters_max", "parameters in the live window at once, where units are copied",
+		    &w->copier.fetch.live_max);
 	metrics_add(m, "mesh_offers_total", "contributions offered to shard services", &c->offers);
 	metrics_add(m, "mesh_push_bytes_total", "gradient bytes written to shard services", &c->push_bytes);
 	metrics_add(m, "mesh_push_wait_ns_total", "time waited for buffers and answers", &c->push_wait_ns);

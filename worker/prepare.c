@@ -118,6 +118,11 @@ void prepare_report(struct worker *w)
 	/* In place the gradients are shared memory; in copy mode all of ours is private. */
 	uint64_t own = w->in_place ? w->push.n_buffers * w->push.elements * sizeof(float) : 0;
 
-	if (w->attach.ready_sent)
-		mem_plan_log_used(&w->log, &w->plan.mem, own);
+	if (!w->attach.ready_sent)
+		return;
+	if (w->plan.window_elements)
+		log_info(&w->log, "live window: at most %llu parameters at once, of %llu allowed",
+			 (unsigned long long)atomic_load(&w->copier.fetch.live_max),
+			 (unsigned long long)w->plan.window_elements);
+	mem_plan_log_used(&w->log, &w->plan.mem, own);
 }
