@@ -18,6 +18,7 @@
 
 #define BLOCK_ROWS 64u
 #define FORWARD_ROWS 256u
+#define AHEAD_ROWS 256u /* of a tensor: what fits in a cache beside the work */
 
 /* Where a task's things stand in its thread's scratch, in floats. */
 struct attn_space {
@@ -59,6 +60,7 @@ struct work {
 	uint32_t first_key; /* the packed keys' first */
 	uint32_t lead;      /* columns of its scores before its first key's: panels begin at multiples of ATTN_PANEL */
 	size_t ld;          /* of its scores */
+	struct attn_ahead *ahead;
 };
 
 /* A row of scores: whole vectors, and off the powers of two that would share cache sets. */
@@ -163,11 +165,12 @@ static struct block block_of(const struct k_attention *a, uint32_t sample, uint3
 	return b;
 }
 
-static struct work work_of(const struct attention_job *j, const struct block *b, uint32_t first_key, float *scratch)
+static struct work work_of(const struct attention_job *j, const struct block *b, uint32_t first_key, float *scratch,
+			   struct attn_ahead *ahead)
 {
 	const uint32_t lead = (b->key - first_key) % ATTN_PANEL;
 
-	return (struct work){ j, *b, scratch, first_key, lead, score_ld(lead + b->width) };
+	return (struct work){ j, *b, scratch, first_key, lead, score_ld(lead + b->width), ahead };
 }
 
 /* Where the block's rows are in a tensor of the stride. */
@@ -217,6 +220,7 @@ static void block_scores(const struct work *w, unsigned which, const float *rows
 		.b_panel = (size_t)ATTN_PANEL * n,
 		.c = w->scratch + j->at.scores[which],
 		.ldc = w->ld,
+		.ahead = w->ahead,
 	});
 }
 
@@ -238,6 +242,7 @@ static void block_rows(const struct work *w, unsigned which, size_t packed)
 		.b_panel = j->panel,
 		.c = w->scratch + j->at.out,
 		.ldc = j->cols,
+		.ahead = w->ahead,
 	});
 }
 
@@ -292,6 +297,51 @@ static struct rect keys_of(const struct attention_job *j, uint32_t sample, uint3
 	return (struct rect){ .p = (float *)p, .ld = stride, .rows = end - first, .cols = a->head_dim };
 }
 
+/* At most AHEAD_ROWS rows of the group's heads, the first or the last ones. */
+static void fetch_rows(struct attn_ahead *to, const struct rect *t, bool last)
+{
+	struct rect r = *t;
+
+	r.rows = t->rows < AHEAD_ROWS ? t->rows : AHEAD_ROWS;
+	r.p += last ? (t->rows - r.rows) * t->ld : 0;
+	to->rect[to->n++] = r;
+}
+
+/* Rows first..end of a tensor like q, of all query heads of a key head. */
+static struct rect queries_of(const struct attention_job *j, const float *p, size_t stride, uint32_t sample,
+			      uint32_t kv_head, uint32_t first, uint32_t end)
+{
+	const struct k_attention *a = j->a;
+	const uint32_t cols = a->heads / a->kv_heads * a->head_dim;
+
+	p += ((size_t)sample * a->q_len + first) * stride + (size_t)kv_head * cols;
+	return (struct rect){ .p = (float *)p, .ld = stride, .rows = end - first, .cols = cols };
+}
+
+/*
+ * This task's output, and what the thread's next task begins with, if the threads go on in turn. Only where it is one
+ * chunk: longer ones are longer at work than the cache would keep it.
+ */
+static void forward_ahead(const struct attention_job *j, uint32_t task, struct attn_ahead *to)
+{
+	const struct k_attention *a = j->a;
+	const uint32_t next = task + j->s->threads, all = a->n_mb * a->batch * a->kv_heads;
+	struct rect r;
+
+	if (a->q_len > FORWARD_ROWS)
+		return;
+	r = queries_of(j, a->out, a->out_stride, task / a->kv_heads, task % a->kv_heads, 0, a->q_len);
+	fetch_rows(to, &r, false);
+	if (next >= all)
+		return;
+	r = keys_of(j, next / a->kv_heads, next % a->kv_heads, 0, a->kv_len, false);
+	fetch_rows(to, &r, false);
+	r = keys_of(j, next / a->kv_heads, next % a->kv_heads, 0, a->kv_len, true);
+	fetch_rows(to, &r, false);
+	r = queries_of(j, a->q, a->q_stride, next / a->kv_heads, next % a->kv_heads, 0, a->q_len);
+	fetch_rows(to, &r, false);
+}
+
 static void attention_task(void *ctx, unsigned thread, uint32_t task)
 {
 	const struct attention_job *j = ctx;
@@ -310,12 +360,15 @@ static void attention_task(void *ctx, unsigned thread, uint32_t task)
 		return;
 	const struct rect k = keys_of(j, sample, kv_head, begin.key, last.key + last.width, false);
 	const struct rect v = keys_of(j, sample, kv_head, begin.key, last.key + last.width, true);
+	struct attn_ahead ahead = { 0 };
+
+	forward_ahead(j, task, &ahead);
 	j->s->isa->attn_pack_turned(&k, scratch + j->at.k_turned);
 	j->s->isa->attn_pack(&v, scratch + j->at.v, j->panel);
 	for (uint32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
 		for (uint32_t row = begin.row; row < end;) {
 			const struct block b = block_of(a, sample, h, row);
-			const struct work w = work_of(j, &b, begin.key, scratch);
+			const struct work w = work_of(j, &b, begin.key, scratch, &ahead);
 			block_forward(&w);
 			row = b.row + b.rows;
 		}
@@ -369,6 +422,7 @@ static void block_keys(const struct work *w, unsigned which, const float *rows, 
 		.c = w->scratch + grads + w->b.key * j->cols,
 		.ldc = j->cols,
 		.add = true,
+		.ahead = w->ahead,
 	});
 }
 
@@ -393,6 +447,36 @@ static void block_backward(const struct work *w)
 		  a->head_dim);
 }
 
+/* This task's gradients, and what the thread's next task begins with. */
+static void backward_ahead(const struct attention_job *j, uint32_t task, struct attn_ahead *to)
+{
+	const struct k_attention *a = j->a;
+	const uint32_t sample = task / a->kv_heads, kv_head = task % a->kv_heads, next = task + j->s->threads;
+	const uint32_t next_sample = next / a->kv_heads, next_head = next % a->kv_heads, n = a->q_len;
+	const struct rect k = keys_of(j, sample, kv_head, 0, n, false), v = keys_of(j, sample, kv_head, 0, n, true);
+	struct rect r = queries_of(j, j->back->dq, a->q_stride, sample, kv_head, 0, n);
+
+	fetch_rows(to, &r, true);
+	if (next < a->n_mb * a->batch * a->kv_heads) {
+		r = keys_of(j, next_sample, next_head, 0, n, false);
+		fetch_rows(to, &r, false);
+		r = keys_of(j, next_sample, next_head, 0, n, true);
+		fetch_rows(to, &r, false);
+		r = queries_of(j, a->q, a->q_stride, next_sample, next_head, 0, n);
+		fetch_rows(to, &r, true);
+		r = queries_of(j, j->back->dout, a->out_stride, next_sample, next_head, 0, n);
+		fetch_rows(to, &r, true);
+		r = queries_of(j, a->out, a->out_stride, next_sample, next_head, 0, n);
+		fetch_rows(to, &r, true);
+	}
+	r = k;
+	r.p = j->back->dk + (k.p - a->k);
+	fetch_rows(to, &r, false);
+	r = v;
+	r.p = j->back->dv + (v.p - a->v);
+	fetch_rows(to, &r, false);
+}
+
 static void attention_backward_task(void *ctx, unsigned thread, uint32_t task)
 {
 	const struct attention_job *j = ctx;
@@ -401,7 +485,9 @@ static void attention_backward_task(void *ctx, unsigned thread, uint32_t task)
 	const struct rect k = keys_of(j, sample, kv_head, 0, a->kv_len, false);
 	const struct rect v = keys_of(j, sample, kv_head, 0, a->kv_len, true);
 	float *scratch = workspace_thread(&j->ws, thread), *dk = scratch + j->at.dk, *dv = scratch + j->at.dv;
+	struct attn_ahead ahead = { 0 };
 
+	backward_ahead(j, task, &ahead);
 	j->s->isa->attn_pack_turned(&k, scratch + j->at.k_turned);
 	j->s->isa->attn_pack_turned(&v, scratch + j->at.v);
 	j->s->isa->attn_pack(&k, scratch + j->at.k, j->panel);
@@ -410,7 +496,7 @@ static void attention_backward_task(void *ctx, unsigned thread, uint32_t task)
 	for (uint32_t h = 0; h < group; h++)
 		for (uint32_t row = a->q_len; row > 0;) {
 			const struct block b = block_of(a, sample, kv_head * group + h, row - 1);
-			const struct work w = work_of(j, &b, 0, scratch);
+			const struct work w = work_of(j, &b, 0, scratch, &ahead);
 			block_backward(&w);
 			row = b.row;
 		}

@@ -15,6 +15,7 @@
 
 #define TILE_ROWS ATTN_GROUP
 #define INNER_MAX 256u
+#define LINES_AHEAD 24u
 #define NV 2 /* vectors of a row of the micro-kernel */
 #if VF == 16
 #define MR 8
@@ -85,6 +86,21 @@ static void store_rows(const float *sums, float *c, size_t ldc, uint32_t n, uint
 		}
 }
 
+static void fetch_ahead(struct attn_ahead *a)
+{
+	for (uint32_t lines = 0; lines < LINES_AHEAD && a->at < a->n;) {
+		const struct rect *t = &a->rect[a->at];
+		const float *p = t->p + a->row * t->ld;
+
+		for (uint32_t c = 0; c < t->cols; c += 16, lines++)
+			__builtin_prefetch(p + c, 0, 2);
+		if (++a->row == t->rows) {
+			a->row = 0;
+			a->at++;
+		}
+	}
+}
+
 /* A group's products first..end with one panel's columns. */
 static void tile_at(const struct attn_mul *g, uint32_t i, uint32_t first, uint32_t end, uint32_t col, uint32_t cols)
 {
@@ -94,6 +110,7 @@ static void tile_at(const struct attn_mul *g, uint32_t i, uint32_t first, uint32
 	float sums[TILE_ROWS * ATTN_PANEL], *c = g->c + i * g->ldc + col, *to = whole ? c : sums;
 	const size_t ld = whole ? g->ldc : ATTN_PANEL;
 
+	fetch_ahead(g->ahead);
 	/* One of the steps is 1, which the loops want to know. */
 	if (g->a_step == 1)
 		tile(a, g->a_row, 1, b, end - first, to, ld, whole && add, cols);

@@ -76,6 +76,16 @@ enum attn_trim {
 	ATTN_TRIM_HEAD,  /* A is scores turned, its rows keys: products of rows before the first that sees a group */
 };
 
+/*
+ * What will be wanted next, read or written: attn_mul fetches some of it into the cache with every tile, while the
+ * arithmetic goes on. The rows of one head are a few lines each and far apart, which the processor does not foresee.
+ */
+#define ATTN_AHEAD_MAX 8
+struct attn_ahead {
+	struct rect rect[ATTN_AHEAD_MAX];
+	uint32_t n, at, row; /* rectangles; the next one's next row */
+};
+
 /* Columns of a packed operand's panel, and rows that are trimmed together. */
 #define ATTN_PANEL 32u
 #define ATTN_GROUP 8u
@@ -95,6 +105,7 @@ struct attn_mul {
 	float *c;
 	size_t ldc;
 	bool add;
+	struct attn_ahead *ahead;
 };
 
 /* struct k_adam's scalars, rounded to fp32 once. */
