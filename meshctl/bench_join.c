@@ -215,9 +215,11 @@ static void leave_provider(struct bench_join *j)
 /* 0; -ECONNREFUSED: somebody does not take it, and e says who and why; else it is over. */
 static int try_provider(struct bench_join *j, const struct fab_ops *ops, struct err *e)
 {
-	const struct fab_config cfg = {
-		.log = (struct log *)&j->config->log, .job = j->config->job, .member = 2, .options = &j->config->options
-	};
+	const struct fab_config cfg = { .log = (struct log *)&j->config->log,
+					.job = j->config->job,
+					.member = 2,
+					.options = &j->config->options,
+					.want = j->config->fabric };
 	const struct fab_region_attr attr = { .name = "local", .bytes = j->config->memory, .access = FAB_LOCAL };
 	struct msg_fabric_want want;
 	int rc;

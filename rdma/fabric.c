@@ -99,6 +99,21 @@ static const char *provider_names(char out[80])
 	return out;
 }
 
+/* "fault:SPEC:want": those of `want`, with faults. */
+static int faulty_candidates(const char *want, const struct fab_options *o, bool same_host,
+			     struct fab_candidate out[FAB_CANDIDATES_MAX],
+			     void (*refused)(void *ctx, const char *provider, const char *reason), void *ctx,
+			     struct err *e)
+{
+	int n = fab_fault_check(want, e);
+
+	if (!n)
+		n = fab_candidates(strrchr(want, ':') + 1, o, same_host, out, refused, ctx, e);
+	for (int i = 0; i < n; i++)
+		out[i].ops = fab_fault(out[i].ops);
+	return n;
+}
+
 int fab_candidates(const char *want, const struct fab_options *o, bool same_host,
 		   struct fab_candidate out[FAB_CANDIDATES_MAX],
 		   void (*refused)(void *ctx, const char *provider, const char *reason), void *ctx, struct err *e)
@@ -108,6 +123,8 @@ int fab_candidates(const char *want, const struct fab_options *o, bool same_host
 	const struct fab_ops *ops = fab_provider(want);
 	char names[80];
 
+	if (!strncmp(want, FAULT_PREFIX, strlen(FAULT_PREFIX)))
+		return faulty_candidates(want, o, same_host, out, refused, ctx, e);
 	if (ops)
 		try_provider(&c, ops);
 	else if (!strcmp(want, "auto"))

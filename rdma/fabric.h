@@ -162,6 +162,7 @@ struct fab_config {
 	const char *job;                   /* names what we create */
 	uint32_t member;                   /* our member id */
 	const struct fab_options *options; /* NULL: all zero */
+	const char *want;                  /* --fabric, where the decorator finds its schedule; NULL: "auto" */
 };
 
 struct fab_ops {
@@ -264,8 +265,9 @@ int fab_choose(const char *want, const char **provider, char reason[160], struct
 /*
  * A decorator for tests: wraps any provider's ops and does to its operations
  * what a seeded schedule says. Reads --fabric "fault:SPEC:provider", SPEC like
- * "seed=1,delay=2ms,drop=0.01,reorder=0.1,corrupt=0,disconnect=0.001"; only where
- * the environment has SHARDMESH_FAULTS=1. fabric.c finds it by the prefix.
+ * "seed=1,delay=2ms,drop=0.01,deadline=50ms,reorder=0.1,corrupt=0,disconnect=0.001"; only
+ * where the environment has SHARDMESH_FAULTS=1. fab_candidates finds it by the
+ * prefix; it has the provider's name, so that the other side may do without.
  */
 
 /* ---------------------------------------------------------- progress words */

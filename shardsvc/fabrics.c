@@ -59,7 +59,11 @@ static void instance_close(struct fabric *f)
 static int instance_open(struct shard *s, const struct fab_ops *ops, struct fabric *f, struct err *e)
 {
 	const struct fab_config cfg = {
-		.log = &s->log, .job = s->self.job, .member = s->self.member, .options = &s->fabric_options
+		.log = &s->log,
+		.job = s->self.job,
+		.member = s->self.member,
+		.options = &s->fabric_options,
+		.want = s->fabric_want,
 	};
 	int rc = ops->open(&cfg, &f->fab, e);
 

@@ -84,7 +84,11 @@ static void add_metrics(struct worker *w, const struct fab_counters *c)
 static int open_instance(struct worker *w, const struct fab_ops *ops, struct fabric *f, struct err *e)
 {
 	const struct fab_config cfg = {
-		.log = &w->log, .job = w->self.job, .member = w->self.member, .options = &w->fabric_options
+		.log = &w->log,
+		.job = w->self.job,
+		.member = w->self.member,
+		.options = &w->fabric_options,
+		.want = w->fabric_want,
 	};
 	int rc = ops->open(&cfg, &f->fab, e);
 

@@ -86,10 +86,11 @@ def clean_environment(**extra):
     return env
 
 
-def start(path, *flags):
+def start(path, *flags, environment=None):
     """meshctl run in the background, in a process group of its own."""
     return subprocess.Popen([BIN / "meshctl", "run", "--config", path, *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True, env=clean_environment())
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env=clean_environment(**(environment or {})))
 
 
 def finish(process, seconds=60):

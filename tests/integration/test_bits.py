@@ -137,14 +137,42 @@ def mixed(directory):
     check(worker["counters"]["mesh_fabric_choices_local_copy_total"] == 1, worker["counters"])
 
 
-def by_hand_job(directory, members, **changes):
+FAULTS = "fault:seed=3,delay=200us,drop=0.02,deadline=20ms,reorder=0.2:"
+
+
+def faults(directory):
+    """A network that delays, loses, repeats and reorders, in every member: the bits are the same."""
+    want = one(directory, "launched")
+    for inner in ["local-copy"] + providers():
+        run_dir = directory / f"faults-{inner}"
+        code, out = finish(start(config(directory), "--run-dir", run_dir, "--fabric", FAULTS + inner,
+                                 environment={"SHARDMESH_FAULTS": "1"}))
+        check(code == 0, f"exited with {code}:\n{out}")
+        same_bits(inner, bits(run_dir, STEPS), want)
+    code, out = finish(start(config(directory), "--run-dir", directory / "refused", "--fabric", FAULTS + "local"))
+    check(code != 0 and "SHARDMESH_FAULTS" in out, f"faults without leave: {code}\n{out}")
+
+
+def pair_lost(directory):
+    """A worker whose connection to one shard service ends leaves; the job goes on with the others."""
+    long = {"steps": 100, "eval_interval": 0, "eval_batches": 0}
+    run(config(directory, **long), "--run-dir", directory / "launched")
+    want = bits(directory / "launched", 100)
+    cut = ["worker", "--fabric", "fault:seed=2,disconnect=0.0003:local-copy"]
+    by_hand_job(directory, [["shardsvc"], ["shardsvc"], cut, ["worker"]], may_fail=cut, workers=2, **long)
+    same_bits("without one", bits(directory / "hand", 100), want)
+    workers = [json.loads(line)["workers"] for line in (directory / "hand/steps.jsonl").open()]
+    check(workers[0] == 2 and workers[-1] == 1, f"workers in steps.jsonl: {workers}")
+
+
+def by_hand_job(directory, members, may_fail=None, **changes):
     """Runs it to its end in DIR/hand; what meshctl status said last while all were there."""
     shutil.rmtree(directory / "hand", ignore_errors=True)
     path = config(directory, **changes)
     token = directory / "token"
     token.write_text(os.urandom(32).hex())
     token.chmod(0o600)
-    env = clean_environment(SHARDMESH_TOKEN_FILE=str(token))
+    env = clean_environment(SHARDMESH_TOKEN_FILE=str(token), SHARDMESH_FAULTS="1")
     run_dir = directory / "hand"
     port = free_port()
     link = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "by-hand"]
@@ -171,7 +199,8 @@ def by_hand_job(directory, members, **changes):
         for p in processes:
             p.kill()
     for i, p in enumerate(processes):
-        check(p.returncode == 0, f"{commands[i][0].name} exited with {p.returncode}:\n"
+        failed = may_fail is not None and commands[i][5:] == may_fail[1:] and commands[i][0].name == may_fail[0]
+        check(p.returncode == int(failed), f"{commands[i][0].name} exited with {p.returncode}:\n"
               + (directory / f"hand-{i}.log").read_text())
     return status
 
@@ -183,4 +212,4 @@ def free_port():
         return s.getsockname()[1]
 
 
-main([matrix, small, variants, llama, continued, broken_weights, by_hand, mixed])
+main([matrix, small, variants, llama, continued, broken_weights, by_hand, mixed, faults, pair_lost])
