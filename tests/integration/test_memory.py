@@ -138,15 +138,16 @@ def case(directory, shards, workers, threads, fabric, model, activations, micro,
 
 
 def agree(name, out, seen):
-    """What meshctl printed before it started anything is what the members planned."""
-    def text(n):
-        return f"{n / MIB:.1f} MiB" if n < 1 << 30 else f"{n / (1 << 30):.1f} GiB"
-    for program in ("shardsvc", "worker"):
+    """What meshctl printed before it started anything is what the members planned. Which pages a shard service gets
+    follows from member ids, dealt as they join, so that those differ by some runs."""
+    printed = {p: float(n) * (1 << 20 if unit == "MiB" else 1 << 30) for p, n, unit in
+               re.findall(r"^memory of each of \d+ (\w+).*\n(?:  .*\n)*?  total +([\d.]+) (MiB|GiB)$", out, re.M)}
+    for program, word, within in (("shardsvc", "shard", 0.03), ("worker", "workers", 0.002)):
         largest = max((m for m in seen if m.program == program), key=Watched.planned)
-        for line, n in largest.lines():
+        for line, _ in largest.lines():
             check(re.search(rf"^  {re.escape(line)} ", out, re.M), f"{name}: meshctl does not print '{line}'")
-        total = text(largest.planned())
-        check(re.search(rf"^  total +{total}$", out, re.M), f"{name}: a {program} plans {total}; meshctl printed:\n{out}")
+        apart = abs(printed[word] - largest.planned()) / largest.planned()
+        check(apart < within, f"{name}: a {program} plans {largest.planned() / MIB:.1f} MiB; meshctl printed:\n{out}")
 
 
 def walk(directory):
