@@ -223,7 +223,8 @@ static int on_signal(struct client *c, const struct msg_signal *m)
 		return 0;
 	if (!c->in->ops->signal || in.bytes > sizeof(in.data))
 		return -EPROTO;
-	memcpy(in.data, m->data.data, in.bytes);
+	if (in.bytes)
+		memcpy(in.data, m->data.data, in.bytes);
 	return c->in->ops->signal(c->in->fab, (uint64_t)(c - c->server->client), &in);
 }
 

@@ -107,6 +107,7 @@ static int open_instance(struct worker *w, const struct fab_ops *ops, struct fab
 
 int fabrics_get(struct worker *w, const struct fab_ops *ops, struct fabric **out, struct err *e)
 {
+	struct fabric *f;
 	int rc;
 
 	for (uint32_t i = 0; i < w->n_fabrics; i++) {
@@ -116,15 +117,16 @@ int fabrics_get(struct worker *w, const struct fab_ops *ops, struct fabric **out
 		}
 	}
 	assert(w->n_fabrics < ARRAY_LEN(w->fabric));
-	*out = &w->fabric[w->n_fabrics];
-	rc = open_instance(w, ops, *out, e);
+	f = &w->fabric[w->n_fabrics];
+	rc = open_instance(w, ops, f, e);
 	if (rc)
 		return rc;
-	add_metrics(w, ops->counters((*out)->fab));
+	add_metrics(w, ops->counters(f->fab));
 	w->n_fabrics++;
 	/* From now on its events wake the loop; there may be some already. */
-	if (!ops->arm((*out)->fab))
-		event_active((*out)->event, EV_READ, 0);
+	if (!ops->arm(f->fab))
+		event_active(f->event, EV_READ, 0);
+	*out = f;
 	return 0;
 }
 

@@ -55,6 +55,24 @@ static void test_metrics(void **state)
 	assert_int_equal(metrics_pack(&m, packed, 0), 0);
 }
 
+static void test_metrics_of_one_name(void **state)
+{
+	static _Atomic uint64_t a = 7, b = 5, c = 1;
+	struct metrics m = { 0 };
+	struct seen s = { 0 };
+	uint8_t packed[256];
+
+	(void)state;
+	metrics_add(&m, "mesh_reads_total", "of one instance", &a);
+	metrics_add(&m, "mesh_writes_total", "of both", &c);
+	metrics_add(&m, "mesh_reads_total", "of another", &b);
+	assert_int_equal(metrics_unpack(packed, metrics_pack(&m, packed, sizeof(packed)), see, &s), 0);
+	assert_int_equal(s.n, 2);
+	assert_string_equal(s.name[0], "mesh_reads_total");
+	assert_string_equal(s.name[1], "mesh_writes_total");
+	assert_true(s.value[0] == 12 && s.value[1] == 1);
+}
+
 static void test_metrics_garbage(void **state)
 {
 	struct seen s = { 0 };
@@ -206,6 +224,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_metrics),
+		cmocka_unit_test(test_metrics_of_one_name),
 		cmocka_unit_test(test_metrics_garbage),
 		cmocka_unit_test(test_waits),
 		cmocka_unit_test(test_waits_several),
