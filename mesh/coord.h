@@ -18,6 +18,7 @@ enum out_kind {
 	OUT_JOIN,  /* the same to one that came in the middle of the step: nothing to commit */
 	OUT_LEASE,
 	OUT_RECALL,
+	OUT_RELAY, /* the message of the event at hand */
 	OUT_SHUTDOWN,
 	OUT_CLOSE,
 	OUT_LINE,
@@ -73,6 +74,7 @@ struct coord {
 	struct loss_tree loss[LEASE_EVAL + 1]; /* by lease kind */
 	uint64_t recalled;                     /* id of the lease that is on its way back, or 0 */
 	double seconds_compute, seconds_fetch, seconds_push;
+	struct msg_relay relay; /* on its way out; its bytes are the sender's message */
 
 	struct msg_step step_msg; /* of the last commit and the open step */
 	bool applying;            /* a committed step waits for its line */

@@ -83,10 +83,19 @@ static void make_welcome(const struct coord *c, const struct seat *s, struct coo
 	};
 }
 
-/* Workers do not deal with each other: a worker's view is the shard services and itself. */
+/* A worker deals with the shard services, and with the workers of its own host. */
 static bool in_view(const struct seat *viewer, const struct seat *s)
 {
-	return viewer->pub.role == ROLE_SHARD || s->pub.role == ROLE_SHARD || s == viewer;
+	return viewer->pub.role == ROLE_SHARD || s->pub.role == ROLE_SHARD || s->pub.host_id == viewer->pub.host_id;
+}
+
+static uint32_t view_size(const struct coord *c, const struct seat *viewer)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < c->n_here; i++)
+		n += in_view(viewer, c->here[i]);
+	return n;
 }
 
 static void make_member(const struct seat *s, struct coord_action *a)
@@ -105,8 +114,6 @@ static void make_member(const struct seat *s, struct coord_action *a)
 /* One message of a view; the last one, EPOCH, ends it. */
 static bool make_table(struct coord *c, const struct seat *viewer, struct coord_action *a)
 {
-	uint32_t n = viewer->pub.role == ROLE_SHARD ? c->n_here : c->n_role[ROLE_SHARD] + 1;
-
 	while (c->table_at < c->n_here && !in_view(viewer, c->here[c->table_at]))
 		c->table_at++;
 	if (c->table_at < c->n_here) {
@@ -115,7 +122,7 @@ static bool make_table(struct coord *c, const struct seat *viewer, struct coord_
 	}
 	c->table_at = 0;
 	a->msg_type = WIRE_EPOCH;
-	a->msg.epoch = (struct msg_epoch){ .epoch = c->epoch, .n_members = n };
+	a->msg.epoch = (struct msg_epoch){ .epoch = c->epoch, .n_members = view_size(c, viewer) };
 	return true;
 }
 
@@ -165,6 +172,10 @@ static bool make_send(struct coord *c, const struct out *o, const struct seat *s
 	case OUT_RECALL:
 		a->msg_type = WIRE_RECALL;
 		a->msg.recall = (struct msg_recall){ .step = c->open_step, .lease = s->pub.lease.id };
+		break;
+	case OUT_RELAY:
+		a->msg_type = WIRE_RELAY;
+		a->msg.relay = c->relay;
 		break;
 	default:
 		make_step(c, s, o->kind == OUT_JOIN, a);

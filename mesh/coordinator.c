@@ -254,6 +254,25 @@ static void on_starved(struct coord *c, struct seat *s, const union wire_msg *ms
 	lease_starve(&c->leases, m->first);
 }
 
+/* Only workers of one host have something to tell each other. The receiver may have gone in the meantime. */
+static void on_relay(struct coord *c, struct seat *s, const union wire_msg *m)
+{
+	const struct seat *to = coord_seat(c, m->relay.to);
+
+	if (m->relay.data.bytes > RELAY_MAX || m->relay.to > c->last_id || s->pub.id == m->relay.to ||
+	    (to && (to->pub.role != ROLE_WORKER || to->pub.host_id != s->pub.host_id))) {
+		coord_evict(c, s, EXIT_JOB_FAILED, "it spoke to a member that is no neighbour of it");
+		return;
+	}
+	if (!to) {
+		stale(c);
+		return;
+	}
+	c->relay = m->relay;
+	c->relay.from = s->pub.id;
+	coord_out(c, OUT_RELAY, to->pub.id);
+}
+
 /* While the members prepare nothing is lost yet, and whoever started the job should see what is wrong. */
 static void on_failure(struct coord *c, struct seat *s, const union wire_msg *m)
 {
@@ -281,6 +300,7 @@ static const struct handler {
 	{ WIRE_STARVED, FROM(ROLE_SHARD), on_starved },
 	{ WIRE_HEARTBEAT, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), NULL },
 	{ WIRE_CHOICE, FROM(ROLE_WORKER), NULL },
+	{ WIRE_RELAY, FROM(ROLE_WORKER), on_relay },
 	{ WIRE_EXPORT_DATA, FROM(ROLE_SHARD), NULL },
 	{ WIRE_FAILURE, FROM(ROLE_SHARD) | FROM(ROLE_WORKER), on_failure },
 };

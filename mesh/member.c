@@ -179,6 +179,7 @@ static int on_message(struct conn *c, const struct wire_header *h, const union w
 	case WIRE_STEP:
 	case WIRE_LEASE:
 	case WIRE_RECALL:
+	case WIRE_RELAY:
 	case WIRE_EXPORT_READ:
 		return l->welcomed ? l->ops.message(l->ctx, h, m) : -EPROTO;
 	default:

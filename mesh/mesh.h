@@ -211,6 +211,7 @@ struct coord;
 #define WIRE_MAGIC 0x48534d53u /* "SMSH" */
 #define WIRE_PROTOCOL 1u
 #define WIRE_BODY_MAX (1u << 20)
+#define RELAY_MAX 1024u /* bytes between two workers by way of the coordinator */
 
 struct wire_header { /* as on the wire, little-endian */
 	uint32_t magic;
@@ -499,9 +500,9 @@ struct member_ops {
 	 * then over() with 42 for -EINVAL, else 1. Heartbeats stand still while this runs.
 	 */
 	int (*welcome)(void *ctx, const struct msg_welcome *w, struct err *e);
-	/* A complete view: members came or went. */
+	/* A complete view: members came or went. A worker sees shard services, and the workers of its host. */
 	void (*members)(void *ctx, const struct member_table *t);
-	/* STEP, LEASE, RECALL, EXPORT_READ. */
+	/* STEP, LEASE, RECALL, RELAY, EXPORT_READ. */
 	int (*message)(void *ctx, const struct wire_header *h, const union wire_msg *m);
 	/*
 	 * Once: the job is over for us by SHUTDOWN, a refusal, or because the coordinator is gone (1) or never answered

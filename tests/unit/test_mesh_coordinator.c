@@ -35,15 +35,15 @@ static void test_gather(void **state)
 	assert_null(sent(b, s2, WIRE_EPOCH));
 	w = worker(b);
 	assert_int_equal(phase(b), PHASE_PREPARE);
-	/* The views: a shard service sees all, a worker the shard services and itself. */
+	/* The views: a shard service sees all, a worker the shard services and the workers of its host. */
 	assert_int_equal(count_sent(b, s1, WIRE_MEMBER), 3);
 	assert_int_equal(sent(b, s1, WIRE_EPOCH)->msg.epoch.n_members, 3);
 	assert_int_equal(count_sent(b, w, WIRE_MEMBER), 3);
 	worker(b);
 	assert_int_equal(count_sent(b, s2, WIRE_MEMBER), 4);
 	assert_int_equal(sent(b, s2, WIRE_EPOCH)->msg.epoch.n_members, 4);
-	assert_int_equal(count_sent(b, w, WIRE_MEMBER), 3);
-	assert_int_equal(sent(b, w, WIRE_EPOCH)->msg.epoch.n_members, 3);
+	assert_int_equal(count_sent(b, w, WIRE_MEMBER), 4);
+	assert_int_equal(sent(b, w, WIRE_EPOCH)->msg.epoch.n_members, 4);
 	assert_int_equal(sent(b, w, WIRE_EPOCH)->msg.epoch.epoch, 6); /* 5 came and 1 went */
 	a = sent(b, w, WIRE_MEMBER);
 	assert_int_equal(a->msg.member.member, s1);
@@ -475,6 +475,43 @@ static void test_broken_members(void **state)
 	bench_free(b);
 }
 
+static void say_to(struct bench *b, uint32_t from, uint32_t to, uint32_t bytes)
+{
+	static const uint8_t data[RELAY_MAX + 1] = "word";
+	union wire_msg m = { .relay = { .from = 99, .to = to, .kind = 5, .data = { .data = data, .bytes = bytes } } };
+
+	say(b, from, WIRE_RELAY, &m);
+}
+
+/* Workers of one host speak through the coordinator; nobody else does. */
+static void test_relay(void **state)
+{
+	struct bench *b = bench_new(1, 4, 4);
+	const struct coord_action *a;
+	uint64_t stale_before;
+
+	(void)state;
+	start(b);
+	say_to(b, b->worker[0], b->worker[1], 4);
+	a = sent(b, b->worker[1], WIRE_RELAY);
+	assert_non_null(a);
+	assert_int_equal(a->msg.relay.from, b->worker[0]);
+	assert_int_equal(a->msg.relay.kind, 5);
+	assert_int_equal(a->msg.relay.data.bytes, 4);
+	assert_memory_equal(a->msg.relay.data.data, "word", 4);
+	/* Who went in the meantime is passed over. */
+	gone(b, b->worker[1]);
+	stale_before = stale(b);
+	say_to(b, b->worker[0], b->worker[1], 4);
+	assert_int_equal(stale(b), stale_before + 1);
+	assert_non_null(member_of(b, b->worker[0]));
+	say_to(b, b->worker[0], b->shard[0], 4);
+	expect_evicted(b, b->worker[0], "no neighbour");
+	say_to(b, b->worker[2], b->worker[3], RELAY_MAX + 1);
+	expect_evicted(b, b->worker[2], "no neighbour");
+	bench_free(b);
+}
+
 static void test_broken_shards(void **state)
 {
 	struct bench *b = bench_new(1, 1, 4);
@@ -522,6 +559,7 @@ int main(void)
 		cmocka_unit_test(test_not_finite_is_named),
 		cmocka_unit_test(test_late_and_repeated),
 		cmocka_unit_test(test_broken_members),
+		cmocka_unit_test(test_relay),
 		cmocka_unit_test(test_broken_shards),
 	};
 
