@@ -24,6 +24,8 @@
 #define BACKLOG 1024
 #define STEP_MS 2000
 
+#define REJECTED_NO_LISTENER 8 /* of the InfiniBand CM: invalid service id; who listened is gone */
+
 enum rejection { REJECT_LATER = 1, REJECT_GONE };
 
 /* ------------------------------------------------------------------ listening */
@@ -263,7 +265,7 @@ static void on_request(struct fab *f, struct rdma_cm_id *id, const struct vb_hel
 
 static void on_rejected(struct vb_qp *q, const struct rdma_cm_event *ev, uint8_t byte)
 {
-	if (byte == REJECT_GONE)
+	if (byte == REJECT_GONE || ev->status == REJECTED_NO_LISTENER)
 		vb_ep_down(q->rail->ep, q->rail->was_up ? -ECONNRESET : -ECONNREFUSED,
 			   "the other side has no such endpoint");
 	else

@@ -48,13 +48,16 @@ static void on_failure(struct vb_qp *q, const struct ibv_wc *wc)
 
 	if (r->state == VB_DRAINING)
 		return;
+	/* A receive has no doing of ours: the peer did what it has no right to, and the event for it may come later. */
+	if (!send) {
+		vb_rail_refuse(r, ibv_wc_status_str(wc->status));
+		return;
+	}
 	if (wc->status == IBV_WC_WR_FLUSH_ERR) {
 		vb_rail_break(r, -EIO, "the queue pair went to error");
 		return;
 	}
-	if (!send)
-		vb_count(&r->ep->fab->counters.refused, 1);
-	if (send && is_final(wc->status))
+	if (is_final(wc->status))
 		vb_ep_down(r->ep, -EACCES, ibv_wc_status_str(wc->status));
 	else
 		vb_rail_break(r, wc->status == IBV_WC_RETRY_EXC_ERR ? -ETIMEDOUT : -EIO, ibv_wc_status_str(wc->status));
@@ -156,13 +159,10 @@ static void on_qp_event(struct vb_qp *q, enum ibv_event_type type)
 {
 	struct vb_rail *r = q->rail;
 
-	if (type == IBV_EVENT_QP_ACCESS_ERR || type == IBV_EVENT_QP_REQ_ERR) {
-		vb_count(&r->ep->fab->counters.refused, 1);
-		log_warn(r->ep->fab->log, "verbs: member %u tried what it has no right to", r->ep->peer);
-		vb_rail_break(r, -EACCES, ibv_event_type_str(type));
-	} else {
+	if (type == IBV_EVENT_QP_ACCESS_ERR || type == IBV_EVENT_QP_REQ_ERR)
+		vb_rail_refuse(r, ibv_event_type_str(type));
+	else
 		vb_rail_break(r, -EIO, ibv_event_type_str(type));
-	}
 }
 
 static void on_port_event(struct fab *f, const struct vb_dev *d, const struct ibv_async_event *ev)

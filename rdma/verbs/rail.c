@@ -147,6 +147,15 @@ void vb_rail_break(struct vb_rail *r, int status, const char *why)
 	vb_ep_rails_changed(r->ep);
 }
 
+void vb_rail_refuse(struct vb_rail *r, const char *why)
+{
+	if (r->state != VB_UP && r->state != VB_ACCEPTED)
+		return;
+	vb_count(&r->ep->fab->counters.refused, 1);
+	log_warn(r->ep->fab->log, "verbs: member %u tried what it has no right to", r->ep->peer);
+	vb_rail_break(r, -EACCES, why);
+}
+
 void vb_rail_stop(struct vb_rail *r)
 {
 	if (r->state != VB_IDLE && r->state != VB_DRAINING)
@@ -212,9 +221,7 @@ static void look(struct vb_rail *r, uint64_t now)
 			continue;
 		if (a.qp_state != IBV_QPS_ERR && a.qp_state != IBV_QPS_SQE)
 			continue;
-		vb_count(&r->ep->fab->counters.refused, 1);
-		log_warn(r->ep->fab->log, "verbs: member %u tried what it has no right to", r->ep->peer);
-		vb_rail_break(r, -EACCES, "queue pair in error");
+		vb_rail_refuse(r, "queue pair in error");
 		return;
 	}
 }

@@ -418,6 +418,8 @@ void vb_rail_start(struct vb_rail *r);
 void vb_rail_up(struct vb_rail *r);
 /* Queue pairs to error; what comes next is decided when they are drained. */
 void vb_rail_break(struct vb_rail *r, int status, const char *why);
+/* A queue pair of ours went to error by what the peer did: counted as refused, then broken. */
+void vb_rail_refuse(struct vb_rail *r, const char *why);
 /* As far as it can be taken down at once, for what must not wait. */
 void vb_rail_stop(struct vb_rail *r);
 /* Accepting side: makes way for a newer generation and builds it. */
