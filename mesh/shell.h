@@ -13,7 +13,7 @@
 #define PEER_WAITS_MAX 2048    /* bytes of a heartbeat that are kept: 64 threads, */
 #define PEER_COUNTERS_MAX 6912 /* METRICS_MAX counters */
 
-#define PEER_CHOICES_MAX 4096  /* of a worker: what it has tried of the fabric */
+#define PEER_CHOICES_MAX 4096 /* of a worker: what it has tried of the fabric */
 
 /* What came of a worker's trying one provider of the fabric with one shard service. */
 struct choice {

@@ -93,6 +93,19 @@ static inline int m_welcome(void *ctx, const struct msg_welcome *w, struct err *
 	return rc;
 }
 
+/* What came of two shard services: one by the second provider it tried. */
+static inline void say_choices(struct member *m)
+{
+	const struct msg_choice said[] = {
+		{ .shard = 1, .chosen = 1, .provider = "local", .text = "shared memory" },
+		{ .shard = 2, .provider = "local", .text = "another host" },
+		{ .shard = 2, .chosen = 1, .provider = "verbs", .text = "rxe0/1, by cm" },
+	};
+
+	for (size_t i = 0; i < ARRAY_LEN(said); i++)
+		assert_int_equal(member_link_send(m->link, WIRE_CHOICE, &said[i]), 0);
+}
+
 static inline void m_members(void *ctx, const struct member_table *t)
 {
 	struct member *m = ctx;
@@ -101,8 +114,11 @@ static inline void m_members(void *ctx, const struct member_table *t)
 
 	for (uint32_t i = 0; i < t->n; i++)
 		shards += t->member[i].role == ROLE_SHARD;
-	if (shards == m->welcome.n_shards)
-		assert_int_equal(member_link_send(m->link, WIRE_READY, &ready), 0);
+	if (shards != m->welcome.n_shards)
+		return;
+	if (m->self.role == ROLE_WORKER)
+		say_choices(m);
+	assert_int_equal(member_link_send(m->link, WIRE_READY, &ready), 0);
 }
 
 /* A leaf's loss is step + index / 8: their mean is known, and exact. */

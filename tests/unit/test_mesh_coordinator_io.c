@@ -145,6 +145,26 @@ static const json_t *member_in(const json_t *status, uint32_t id)
 	return NULL;
 }
 
+static const char *word_of(const json_t *o, const char *key)
+{
+	return json_string_value(json_object_get(o, key));
+}
+
+static void check_pairs(const json_t *fabric)
+{
+	const json_t *first = json_array_get(fabric, 0), *second = json_array_get(fabric, 1), *refused;
+
+	assert_int_equal(json_array_size(fabric), 2);
+	assert_int_equal(json_integer_value(json_object_get(first, "shard")), 1);
+	assert_string_equal(word_of(first, "provider"), "local");
+	assert_int_equal(json_array_size(json_object_get(first, "refused")), 0);
+	assert_string_equal(word_of(second, "provider"), "verbs");
+	assert_string_equal(word_of(second, "description"), "rxe0/1, by cm");
+	refused = json_array_get(json_object_get(second, "refused"), 0);
+	assert_string_equal(word_of(refused, "provider"), "local");
+	assert_string_equal(word_of(refused, "reason"), "another host");
+}
+
 static void test_status(void **state)
 {
 	struct fixture *f = *state;
@@ -171,6 +191,8 @@ static void test_status(void **state)
 	assert_int_equal(json_integer_value(json_object_get(json_object_get(m, "lease"), "first")), 0);
 	assert_int_equal(json_integer_value(json_object_get(m, "planned_bytes")), 1003);
 	assert_true(json_is_null(json_object_get(member_in(o->last_status, 1), "lease")));
+	assert_null(json_object_get(member_in(o->last_status, 1), "fabric"));
+	check_pairs(json_object_get(m, "fabric"));
 	assert_string_equal(json_string_value(json_object_get(o->last_status, "job")), "test-job");
 	assert_string_equal(json_string_value(json_object_get(o->last_status, "phase")), "run");
 	assert_int_equal(json_integer_value(json_object_get(o->last_status, "step")), 2);
