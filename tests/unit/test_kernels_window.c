@@ -351,20 +351,9 @@ static void unseen_keys_are_left_out(void **state)
 
 /* ------------------------------------------------------------ packed or alone */
 
-static void assert_alike(const char *what, const float *got, const float *want, size_t n, bool same_bits)
-{
-	if (same_bits) {
-		assert_bits(what, got, want, n * sizeof(float));
-		return;
-	}
-	double *w = test_doubles(want, n);
-	assert_near(what, got, w, n, 1e-6);
-	free(w);
-}
-
 /* Rows first..end of the packed sequence, on their own. */
 static void check_document(struct fixture *f, const struct attn *packed, struct attn *alone, uint32_t first,
-			   uint32_t end, bool same_bits)
+			   uint32_t end)
 {
 	const struct attn_case *c = packed->c;
 	const size_t qs = (size_t)c->heads * c->head_dim, ks = (size_t)c->kv_heads * c->head_dim;
@@ -384,12 +373,12 @@ static void check_document(struct fixture *f, const struct attn *packed, struct 
 	f->ops->attention(f->s, &a.fwd);
 	f->ops->attention_backward(f->s, &a);
 	fixture_wait(f);
-	assert_alike("out", a.fwd.out, packed->out + first * qs, n * qs, same_bits);
-	assert_alike("dq", a.dq, packed->dq + first * qs, n * qs, same_bits);
-	assert_alike("dk", a.dk, packed->dk + first * ks, n * ks, same_bits);
-	assert_alike("dv", a.dv, packed->dv + first * ks, n * ks, same_bits);
+	assert_bits("out", a.fwd.out, packed->out + first * qs, n * qs * sizeof(float));
+	assert_bits("dq", a.dq, packed->dq + first * qs, n * qs * sizeof(float));
+	assert_bits("dk", a.dk, packed->dk + first * ks, n * ks * sizeof(float));
+	assert_bits("dv", a.dv, packed->dv + first * ks, n * ks * sizeof(float));
 	for (uint32_t h = 0; h < c->heads; h++)
-		assert_alike("lse", alone->lse + h * n, packed->lse + h * c->q_len + first, n, same_bits);
+		assert_bits("lse", alone->lse + h * n, packed->lse + h * c->q_len + first, n * sizeof(float));
 }
 
 static void packed_is_alone(void **state)
@@ -420,7 +409,7 @@ static void packed_is_alone(void **state)
 		for (uint32_t first = 0, end; first < c->q_len; first = end) {
 			for (end = first; end < c->q_len && document_start(c, 0, end) == first;)
 				end++;
-			check_document(&f, &packed, &alone, first, end, f.profile.library == K_LIB_PORTABLE);
+			check_document(&f, &packed, &alone, first, end);
 			ran++;
 		}
 		attn_close(&packed);
