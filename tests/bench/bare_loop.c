@@ -89,7 +89,7 @@ static int open_state(struct bare *b, struct err *e)
 static int open_net(struct bare *b, unsigned threads, struct err *e)
 {
 	const struct job_config *c = &b->config;
-	const struct net_config net = {
+	struct net_config net = {
 		.model = &c->model,
 		.table = &b->table,
 		.k = b->ops,
@@ -100,9 +100,14 @@ static int open_net(struct bare *b, unsigned threads, struct err *e)
 		.seed = c->seed,
 	};
 	struct k_stream_config stream = { .profile = &b->profile, .threads = threads };
+	struct head_plan head;
 	struct k_dims dims;
-	int rc = net_init(&b->net, &net, e);
+	int rc;
 
+	/* As a worker would: where logits are cut changes bits. */
+	head_plan_get(&c->model, net.batch * net.seq, net.max_span, &head);
+	net.head_pieces = head.pieces;
+	rc = net_init(&b->net, &net, e);
 	if (rc)
 		return rc;
 	net_dims(&c->model, net.batch, net.seq, net.max_span, &dims);
