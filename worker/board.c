@@ -20,6 +20,11 @@
  * Whichever is second sees the other: the copier does not begin, or the owner
  * waits.
  *
+ * Generation. A mark holds back only an owner that looks at it. One that was told
+ * that the copier is gone does not; the copier, if it was only stopped, finds
+ * out by the generation, which the owner raises before the bytes change: like
+ * the reader of a sequence lock it looks before and behind the copy.
+ *
  * A word carries its version, so what is left of an older step means nothing.
  * The dead need no cleaning up: who is evicted leaves `theirs`, and its word
  * with it.
@@ -58,7 +63,8 @@ static void say(struct boards *b, uint32_t unit, uint32_t portion, uint64_t vers
 
 uint64_t board_bytes(uint32_t n_units)
 {
-	return sizeof(struct board) + (uint64_t)n_units * sizeof(struct board_unit);
+	return sizeof(struct board) +
+	       n_units * (sizeof(struct board_unit) + 2ull * UNIT_PARTS_MAX * sizeof(struct board_sum));
 }
 
 void board_init(struct board *b, uint32_t member, uint32_t n_units)
@@ -73,6 +79,19 @@ int board_check(const struct board *b, uint64_t bytes, uint32_t member, uint32_t
 	if (bytes < board_bytes(n_units) || b->magic != BOARD_MAGIC || b->member != member || b->n_units != n_units)
 		return -EPROTO;
 	return 0;
+}
+
+const struct board_sum *board_sum_of(const struct board *b, uint32_t parity, uint32_t unit, uint32_t part)
+{
+	const struct board_sum *sums = (const struct board_sum *)(const void *)&b->unit[b->n_units];
+
+	assert(parity < 2 && unit < b->n_units && part < UNIT_PARTS_MAX);
+	return sums + ((size_t)parity * b->n_units + unit) * UNIT_PARTS_MAX + part;
+}
+
+struct board_sum *board_sum(struct board *b, uint32_t parity, uint32_t unit, uint32_t part)
+{
+	return (struct board_sum *)board_sum_of(b, parity, unit, part);
 }
 
 int boards_add(struct boards *b, const struct board *theirs)
@@ -127,6 +146,14 @@ static enum portion_state settle(const struct board *theirs, uint32_t me, uint32
 	return s;
 }
 
+enum claim board_look(const struct boards *b, uint32_t unit, uint32_t portion, uint64_t version, uint32_t *who)
+{
+	enum claim out = CLAIM_OURS;
+
+	(void)is_decided(b, unit, portion, version, &out, who);
+	return out;
+}
+
 enum claim board_claim(struct boards *b, uint32_t unit, uint32_t portion, uint64_t version, uint32_t *who)
 {
 	enum claim out = CLAIM_OURS;
@@ -170,35 +197,46 @@ static uint64_t mark_of(uint32_t member, uint32_t unit)
 	return (uint64_t)member << 32 | (unit + 1);
 }
 
-int board_mark(struct boards *b, uint32_t who, uint32_t unit, uint32_t portion, uint64_t version, uint32_t *slot,
-	       uint64_t *offset)
+int board_mark(struct boards *b, uint32_t who, uint32_t unit, uint32_t portion, uint64_t version, struct board_mark *m)
 {
 	const struct board *from = b->theirs[who];
 
 	for (uint32_t i = 0; i < BOARD_MARKS; i++) {
 		if (atomic_load_explicit(&b->mine->mark[i], memory_order_relaxed))
 			continue;
+		*m = (struct board_mark){ .from = from, .unit = unit, .slot = i };
 		atomic_store(&b->mine->mark[i], mark_of(from->member, unit));
-		if (look(from, unit, portion, version) != PORTION_THERE) {
-			board_unmark(b, i);
-			return -ESTALE;
-		}
-		*offset = atomic_load(&from->unit[unit].offset);
-		*slot = i;
-		return 0;
+		m->generation = atomic_load(&from->unit[unit].generation);
+		m->offset = atomic_load(&from->unit[unit].offset);
+		if (look(from, unit, portion, version) == PORTION_THERE)
+			return 0;
+		board_unmark(b, m);
+		return -ESTALE;
 	}
 	return -EBUSY;
 }
 
-void board_unmark(struct boards *b, uint32_t slot)
+bool board_still(const struct board_mark *m)
 {
-	atomic_store(&b->mine->mark[slot], 0);
+	/* What was copied was read before what follows. */
+	atomic_thread_fence(memory_order_acquire);
+	return atomic_load(&m->from->unit[m->unit].generation) == m->generation;
+}
+
+void board_unmark(struct boards *b, const struct board_mark *m)
+{
+	atomic_store(&b->mine->mark[m->slot], 0);
 }
 
 void board_withdraw(struct boards *b, uint32_t unit)
 {
+	struct board_unit *u = &b->mine->unit[unit];
+
 	for (uint32_t i = 0; i < BOARD_PORTIONS; i++)
 		board_give_up(b, unit, i);
+	atomic_store(&u->generation, atomic_load_explicit(&u->generation, memory_order_relaxed) + 1);
+	/* What comes into the place is written behind this. */
+	atomic_thread_fence(memory_order_seq_cst);
 }
 
 bool board_is_free(const struct boards *b, uint32_t unit)
