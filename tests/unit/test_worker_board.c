@@ -44,29 +44,34 @@ static void host_close(struct host *h)
 static void one_claims_the_other_copies(void **state)
 {
 	struct host h;
-	uint32_t who = 99, slot;
-	uint64_t offset;
+	uint32_t who = 99;
+	struct board_mark m;
 
 	(void)state;
 	host_open(&h, 2);
 	assert_int_equal(board_claim(&h.view[1], 2, 3, 7, &who), CLAIM_OURS);
 	assert_int_equal(board_claim(&h.view[0], 2, 3, 7, &who), CLAIM_TAKEN);
+	assert_int_equal(board_look(&h.view[0], 2, 3, 7, &who), CLAIM_TAKEN);
+	assert_int_equal(board_look(&h.view[0], 2, 3, 8, &who), CLAIM_OURS);
 	assert_int_equal(who, 0);
 	/* Another portion and another version have nothing to do with it. */
 	assert_int_equal(board_claim(&h.view[0], 2, 4, 7, &who), CLAIM_OURS);
 	assert_int_equal(board_claim(&h.view[0], 2, 3, 8, &who), CLAIM_OURS);
-	assert_int_equal(board_mark(&h.view[0], 0, 2, 3, 7, &slot, &offset), -ESTALE);
+	assert_int_equal(board_mark(&h.view[0], 0, 2, 3, 7, &m), -ESTALE);
 	board_there(&h.view[1], 2, 3, 7, 4096);
 	board_give_up(&h.view[0], 2, 3);
 	assert_int_equal(board_claim(&h.view[0], 2, 3, 7, &who), CLAIM_THERE);
-	assert_int_equal(board_mark(&h.view[0], who, 2, 3, 7, &slot, &offset), 0);
-	assert_int_equal(offset, 4096);
+	assert_int_equal(board_mark(&h.view[0], who, 2, 3, 7, &m), 0);
+	assert_int_equal(m.offset, 4096);
+	assert_true(board_still(&m));
 	board_withdraw(&h.view[1], 2);
 	assert_false(board_is_free(&h.view[1], 2));
 	assert_true(board_is_free(&h.view[1], 1));
-	board_unmark(&h.view[0], slot);
+	/* Who does not see the mark may have used the place: the copier finds out. */
+	assert_false(board_still(&m));
+	board_unmark(&h.view[0], &m);
 	assert_true(board_is_free(&h.view[1], 2));
-	assert_int_equal(board_mark(&h.view[0], 0, 2, 3, 7, &slot, &offset), -ESTALE);
+	assert_int_equal(board_mark(&h.view[0], 0, 2, 3, 7, &m), -ESTALE);
 	host_close(&h);
 }
 
@@ -107,18 +112,17 @@ static void what_is_not_a_board_is_refused(void **state)
 static void marks_run_out_and_come_back(void **state)
 {
 	struct host h;
-	uint32_t slot;
-	uint64_t offset;
+	struct board_mark m[BOARD_MARKS], more;
 
 	(void)state;
 	host_open(&h, 2);
 	board_there(&h.view[1], 0, 0, 1, 0);
 	for (uint32_t i = 0; i < BOARD_MARKS; i++)
-		assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &slot, &offset), 0);
-	assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &slot, &offset), -EBUSY);
-	board_unmark(&h.view[0], 17);
-	assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &slot, &offset), 0);
-	assert_int_equal(slot, 17);
+		assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &m[i]), 0);
+	assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &more), -EBUSY);
+	board_unmark(&h.view[0], &m[17]);
+	assert_int_equal(board_mark(&h.view[0], 0, 0, 0, 1, &more), 0);
+	assert_int_equal(more.slot, m[17].slot);
 	host_close(&h);
 }
 
@@ -133,19 +137,19 @@ struct worker {
 	uint32_t me;
 	uint64_t copied;
 	bool torn;
-	/* claims alone */
 	pthread_barrier_t *version_over;
-	_Atomic uint64_t *claims;
+	_Atomic uint64_t *claims; /* claims alone */
 };
 
-#define ROUNDS 4000u
+#define ROUNDS 2000u
 #define STAMP(version, unit) ((version)*16 + (unit) + 1)
 
 static void read_or_copy(struct worker *w, uint32_t unit, uint64_t version)
 {
 	_Atomic uint64_t *mine = &w->window[w->me][unit];
-	uint32_t who, slot;
-	uint64_t offset, seen;
+	struct board_mark m;
+	uint32_t who;
+	uint64_t seen;
 
 	for (;;) {
 		switch (board_claim(w->view, unit, 0, version, &who)) {
@@ -153,11 +157,12 @@ static void read_or_copy(struct worker *w, uint32_t unit, uint64_t version)
 			atomic_store_explicit(mine, STAMP(version, unit), memory_order_relaxed);
 			return;
 		case CLAIM_THERE:
-			if (board_mark(w->view, who, unit, 0, version, &slot, &offset))
+			if (board_mark(w->view, who, unit, 0, version, &m))
 				break;
 			seen = atomic_load_explicit(&w->window[w->view->theirs[who]->member - 10][unit],
 						    memory_order_relaxed);
-			board_unmark(w->view, slot);
+			w->torn |= !board_still(&m);
+			board_unmark(w->view, &m);
 			w->torn |= seen != STAMP(version, unit);
 			w->copied++;
 			atomic_store_explicit(mine, seen, memory_order_relaxed);
@@ -186,7 +191,8 @@ static void *fetch_and_evict(void *arg)
 				;
 			atomic_store_explicit(&w->window[w->me][unit], UINT64_MAX, memory_order_relaxed);
 		}
-		/* All of the last version go before the next is wanted. */
+		/* What is left of the version goes when everybody had the chance to copy it. */
+		pthread_barrier_wait(w->version_over);
 		for (uint32_t unit = 0; unit < UNITS; unit++) {
 			board_withdraw(w->view, unit);
 			while (!board_is_free(w->view, unit))
@@ -200,6 +206,7 @@ static void *fetch_and_evict(void *arg)
 static void threads_never_copy_what_is_not_there(void **state)
 {
 	static _Atomic uint64_t window[WORKERS][UNITS];
+	pthread_barrier_t version_over;
 	struct host h;
 	struct worker w[WORKERS];
 	pthread_t thread[WORKERS];
@@ -207,8 +214,9 @@ static void threads_never_copy_what_is_not_there(void **state)
 
 	(void)state;
 	host_open(&h, WORKERS);
+	assert_int_equal(pthread_barrier_init(&version_over, NULL, WORKERS), 0);
 	for (uint32_t i = 0; i < WORKERS; i++) {
-		w[i] = (struct worker){ .view = &h.view[i], .me = i };
+		w[i] = (struct worker){ .view = &h.view[i], .me = i, .version_over = &version_over };
 		for (uint32_t k = 0; k < WORKERS; k++)
 			w[i].window[k] = window[k];
 	}
@@ -220,6 +228,7 @@ static void threads_never_copy_what_is_not_there(void **state)
 		copied += w[i].copied;
 	}
 	assert_true(copied > 0);
+	pthread_barrier_destroy(&version_over);
 	host_close(&h);
 }
 
