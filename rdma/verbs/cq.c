@@ -34,11 +34,11 @@ static void rail_cool(struct vb_rail *r)
 	r->hot = false;
 }
 
-/* Asking for it was wrong, and will be. */
+/* Asking for it was wrong, and will be. (Not so IBV_WC_LOC_QP_OP_ERR: soft-RoCE says so when a link is down.) */
 static bool is_final(enum ibv_wc_status s)
 {
 	return s == IBV_WC_REM_ACCESS_ERR || s == IBV_WC_REM_INV_REQ_ERR || s == IBV_WC_LOC_PROT_ERR ||
-	       s == IBV_WC_LOC_LEN_ERR || s == IBV_WC_LOC_QP_OP_ERR;
+	       s == IBV_WC_LOC_LEN_ERR;
 }
 
 static void on_failure(struct vb_qp *q, const struct ibv_wc *wc)

@@ -76,7 +76,8 @@ static bool wants_cm(const struct vb_rail *r)
 		return false;
 	if (f->o.connect == FAB_CONNECT_CM)
 		return true;
-	return !r->no_cm && r->ep->cm_port && r->port->desc.has_ip && r->remote.has_ip;
+	/* What broke is rebuilt over the control connection, which does not depend on the port that broke. */
+	return !r->no_cm && !r->was_up && r->ep->cm_port && r->port->desc.has_ip && r->remote.has_ip;
 }
 
 void vb_rail_start(struct vb_rail *r)

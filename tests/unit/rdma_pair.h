@@ -91,6 +91,18 @@ static inline void no_event(const struct fab_ops *ops, struct fab *f)
 		assert_int_equal(ops->poll(f, &ev, 1), 0);
 }
 
+/* An event of `from` that is not for the control connection; what is goes to `to`. */
+static inline bool take_event(const struct fab_ops *ops, struct fab *from, struct fab *to, uint64_t user,
+			      struct fab_event *out)
+{
+	if (!ops->poll(from, out, 1))
+		return false;
+	if (out->type != FAB_EV_SIGNAL)
+		return true;
+	assert_int_equal(ops->signal(to, user, out->blob), 0);
+	return false;
+}
+
 /* The first event of each, both polled meanwhile. */
 static inline void both_events(struct pair *p, struct fab_event *at_a, struct fab_event *at_b)
 {
@@ -99,9 +111,9 @@ static inline void both_events(struct pair *p, struct fab_event *at_a, struct fa
 
 	while (!a || !b) {
 		if (!a)
-			a = p->ops->poll(p->a, at_a, 1);
+			a = take_event(p->ops, p->a, p->b, 22, at_a);
 		if (!b)
-			b = p->ops->poll(p->b, at_b, 1);
+			b = take_event(p->ops, p->b, p->a, 11, at_b);
 		assert_true(clock_now_ns() < end);
 	}
 }
@@ -159,8 +171,11 @@ static inline struct fab_remote *region_pass(const struct fab_ops *ops, struct f
 	struct fab_blob blob;
 
 	assert_int_equal(ops->export_region(from, r, &blob), 0);
-	assert_int_equal(ops->import_region(to, &blob, &remote), -EAGAIN);
-	no_event(ops, f);
+	/* Half of what the provider local exports goes another way and has not come yet. */
+	if (!ops->signal) {
+		assert_int_equal(ops->import_region(to, &blob, &remote), -EAGAIN);
+		no_event(ops, f);
+	}
 	assert_int_equal(ops->import_region(to, &blob, &remote), 0);
 	assert_non_null(remote);
 	return remote;

@@ -299,8 +299,10 @@ static void broken_once(struct vpair *v, uint8_t round)
 /* Whatever way a work request ends, it is done again, and the user hears nothing but that it is done. */
 static void failed_work_is_done_again(void **state)
 {
-	static const enum ibv_wc_status status[] = { IBV_WC_RETRY_EXC_ERR, IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_GENERAL_ERR,
-						     IBV_WC_REM_OP_ERR, IBV_WC_WR_FLUSH_ERR };
+	static const enum ibv_wc_status status[] = {
+		IBV_WC_RETRY_EXC_ERR, IBV_WC_RNR_RETRY_EXC_ERR, IBV_WC_GENERAL_ERR,
+		IBV_WC_REM_OP_ERR,    IBV_WC_LOC_QP_OP_ERR,     IBV_WC_WR_FLUSH_ERR
+	};
 	const struct fab_options options[] = { by_control, by_cm };
 	struct vpair v;
 
