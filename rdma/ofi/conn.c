@@ -22,7 +22,8 @@
  * old write finds nobody: it cannot fall on bytes that have been granted to a
  * newer one. Two that notice at the same time open the same generation and are
  * paired by it. The connecting side alone tries again when an attempt leads
- * nowhere, ever more slowly; after down_ns both give up.
+ * nowhere, ever more slowly; after down_ns both give up. So does who has an
+ * operation that broke every connection for so long.
  *
  * An orderly end writes a word too, so that the other side hears of it without
  * posting anything. A peer that dies says nothing: who has something in flight
@@ -38,6 +39,7 @@
 #define SIGNAL_MAGIC 0x31464f53u /* "SOF1" */
 #define PAUSE_FIRST_NS 2000000ull
 #define PAUSE_MAX_NS 1000000000ull
+#define STEADY_NS 1000000000ull /* what stood so long breaks for a new reason */
 #define BYE_NS 50000000ull
 
 /* ------------------------------------------------------------ generations */
@@ -63,11 +65,14 @@ static void say_side(struct fab_ep *ep)
 	pthread_mutex_unlock(&ep->fab->lock);
 }
 
-static void close_generation(struct fab_ep *ep)
+/* Returns since when some operation fails; now for none. */
+static uint64_t close_generation(struct fab_ep *ep, uint64_t now)
 {
+	if (ep->fi.cq && !ofi_ops_drain(ep))
+		ep->lost = true;
 	ofi_link_close(ep->fab, &ep->fi);
-	ofi_ops_rewind(ep);
 	ep->state = OFI_CLOSED;
+	return ofi_ops_rewind(ep, now);
 }
 
 static void pause_before_retry(struct fab_ep *ep, uint64_t now)
@@ -86,8 +91,7 @@ static void open_generation(struct fab_ep *ep, uint32_t generation, uint64_t now
 	ep->generation = generation;
 	ep->attempt_ns = now;
 	ep->word_posted = ep->word_done = false;
-	atomic_store_explicit(&ep->mailbox->hello, 0, memory_order_relaxed);
-	atomic_store_explicit(&ep->mailbox->bye, 0, memory_order_relaxed);
+	memset(ep->mailbox, 0, sizeof(*ep->mailbox));
 	ep->own = (struct ofi_side){ .id = ep->id };
 	ret = ofi_random(&ep->own.tag, sizeof(ep->own.tag));
 	/* Zero is what the mailbox has before anybody writes. */
@@ -105,28 +109,13 @@ static void open_generation(struct fab_ep *ep, uint32_t generation, uint64_t now
 	say_side(ep);
 }
 
-void ofi_conn_break(struct fab_ep *ep, int status, const char *why)
-{
-	uint64_t now = clock_now_ns();
-
-	if (ep->state == OFI_UP) {
-		ep->broken_ns = now;
-		ofi_count(&ep->fab->counters.errors, 1);
-		log_warn(ep->fab->log, "fabric ofi: a connection is broken: %s: %s; it is built again", why,
-			 strerror(-status));
-	}
-	ep->status = status;
-	close_generation(ep);
-	pause_before_retry(ep, now);
-}
-
 /* Completes all there is; nothing can be posted after that. */
 static void give_up(struct fab_ep *ep, int status)
 {
 	struct fab *f = ep->fab;
 	bool more = true;
 
-	close_generation(ep);
+	(void)close_generation(ep, clock_now_ns());
 	ep->state = OFI_OVER;
 	ep->status = status;
 	while (more) {
@@ -138,6 +127,26 @@ static void give_up(struct fab_ep *ep, int status)
 		ofi_make_ready(ep);
 		pthread_mutex_unlock(&f->lock);
 	}
+}
+
+void ofi_conn_break(struct fab_ep *ep, int status, const char *why)
+{
+	uint64_t now = clock_now_ns();
+
+	if (ep->state == OFI_UP) {
+		ep->broken_ns = now;
+		if (now > ep->up_ns + STEADY_NS)
+			ep->attempts = 0;
+		ofi_count(&ep->fab->counters.errors, 1);
+		log_warn(ep->fab->log, "fabric ofi: a connection is broken: %s: %s; it is built again", why,
+			 strerror(-status));
+	}
+	ep->status = status;
+	/* One that is refused whenever it is tried, over connections that stand, is hopeless too. */
+	if (now > close_generation(ep, now) + ep->fab->down_ns)
+		give_up(ep, status);
+	else
+		pause_before_retry(ep, now);
 }
 
 void ofi_conn_start(struct fab_ep *ep)
@@ -158,8 +167,7 @@ static void go_up(struct fab_ep *ep, uint64_t now)
 	char peer[sizeof(ep->text) - 32];
 
 	ep->state = OFI_UP;
-	ep->attempts = 0;
-	ep->progress_ns = now;
+	ep->up_ns = ep->progress_ns = now;
 	fi_av_straddr(ep->fi.av, ep->far.name, peer, &bytes);
 	if (ep->connected) {
 		ofi_count(&f->counters.rebuilds, 1);
@@ -197,7 +205,7 @@ static void on_side(struct fab_ep *ep, const struct ofi_signal *m, uint64_t now)
 			log_info(ep->fab->log, "fabric ofi: the peer builds the connection again");
 		}
 		ep->far.id = m->side.id;
-		close_generation(ep);
+		(void)close_generation(ep, now);
 		open_generation(ep, m->generation, now);
 	}
 	if (m->generation != ep->generation || ep->state != OFI_ALONE)
@@ -276,7 +284,11 @@ static void step_time(struct fab_ep *ep, uint64_t now)
 
 	if (ep->state == OFI_UP || ep->state == OFI_OVER)
 		return;
-	if (now > ep->broken_ns + f->down_ns)
+	if (ep->lost)
+		log_error(f->log, "fabric ofi: notices are lost: more than %u were not taken", OFI_NOTICES);
+	if (ep->lost)
+		give_up(ep, -ENOBUFS);
+	else if (now > ep->broken_ns + f->down_ns)
 		give_up(ep, ep->status ? ep->status : -ETIMEDOUT);
 	else if (ep->connects && ep->state != OFI_CLOSED && now > ep->attempt_ns + f->deadline_ns)
 		ofi_conn_break(ep, -ETIMEDOUT, "the peer is not reached");
@@ -353,12 +365,12 @@ static int ep_create(struct fab *f, uint64_t user, bool connects, const uint8_t 
 
 	if (!ep)
 		return -ENOMEM;
-	ep->mailbox = aligned_alloc(CACHE_LINE, CACHE_LINE);
+	ep->mailbox = aligned_alloc(CACHE_LINE, round_up_u64(sizeof(*ep->mailbox), CACHE_LINE));
 	if (!ep->mailbox) {
 		free(ep);
 		return -ENOMEM;
 	}
-	memset(ep->mailbox, 0, CACHE_LINE);
+	memset(ep->mailbox, 0, sizeof(*ep->mailbox));
 	ret = ofi_random(&ep->id, sizeof(ep->id));
 	if (ret) {
 		ep_free(ep);
@@ -499,7 +511,7 @@ static void run_end(void *ctx)
 	if (ep->state == OFI_UP)
 		say_bye(ep);
 	if (ep->state != OFI_OVER)
-		close_generation(ep);
+		(void)close_generation(ep, clock_now_ns());
 	ofi_exports_end(ep);
 	TAILQ_REMOVE(&ep->fab->engaged, ep, turn_link);
 }

@@ -32,6 +32,7 @@
 #include <unistd.h>
 
 #define IDLE_TURNS 16
+#define PROGRESS_MAX 64
 #define TICK_MS 50
 #define CONNECTING_TICK_MS 1
 #define POLL_NS 20000
@@ -97,11 +98,18 @@ static bool take_over(struct fab *f)
 
 static bool ep_turn(struct fab_ep *ep, uint64_t now)
 {
-	bool any = false;
+	bool any = false, rest = false;
 
-	if (ep->fi.ep)
-		any = ofi_ops_progress(ep, now);
+	for (int i = 0; ep->fi.ep && (i == 0 || rest) && i < PROGRESS_MAX; i++) {
+		rest = ofi_ops_progress(ep, now);
+		any |= rest;
+	}
+	any |= ofi_answers_in(ep, now);
 	any |= ofi_conn_step(ep, now);
+	/* While completions wait an error may be among them: nothing is put behind it (ask.c). */
+	if (ep->state != OFI_UP || rest)
+		return any;
+	any |= ofi_serve(ep);
 	if (ep->state == OFI_UP)
 		any |= ofi_ops_post(ep, now);
 	return any;

@@ -43,6 +43,7 @@ static void configure(struct fab *f, const struct fab_options *o)
 	f->provider_keys = d->mr_mode & FI_MR_PROV_KEY;
 	f->virtual_addresses = d->mr_mode & FI_MR_VIRT_ADDR;
 	f->tagged = d->cq_data_size >= sizeof(uint64_t);
+	f->asks = !strncmp(f->info->fabric_attr->prov_name, "tcp", 3) && f->info->tx_attr->msg_order & FI_ORDER_WAW;
 	f->waits = true;
 	f->inflight_max = or_default(o->inflight_bytes, OFI_INFLIGHT_BYTES);
 	f->deadline_ns = or_default(o->deadline_ns, OFI_DEADLINE_NS);

@@ -3,7 +3,8 @@
  * What the files of the provider `ofi` share. edge.c: each call of libfabric;
  * link.c: an endpoint of libfabric from opening to close; engine.c: the one
  * thread that uses them; conn.c: what a connection says by signals; op.c:
- * reads, writes, notices; region.c: memory and its keys; instance.c: the ops.
+ * reads, writes, notices; ask.c: reads as two writes; region.c: memory and its
+ * keys; instance.c: the ops.
  *
  * libfabric's own header is <rdma/fabric.h> too: these files are built with the
  * tree on the path of quoted includes alone.
@@ -27,8 +28,9 @@
 #define OFI_OPS 1024       /* posted and not completed, per endpoint */
 #define OFI_SLICES 32      /* with libfabric at a time, per endpoint */
 #define OFI_SLICE_BYTES (512u << 10)
-#define OFI_NOTICES 1024 /* that the user has not taken, per endpoint */
-#define OFI_SIGNALS 8    /* handed out by one fab_poll */
+#define OFI_NOTICES 4096        /* that the user has not taken, per endpoint */
+#define OFI_NOTICES_ENOUGH 1024 /* of them: no more is read from libfabric until the user takes some */
+#define OFI_SIGNALS 8           /* handed out by one fab_poll */
 #define OFI_INFLIGHT_BYTES (16ull << 20)
 #define OFI_DEADLINE_NS 5000000000ull
 #define OFI_DOWN_NS 30000000000ull
@@ -61,13 +63,26 @@ int edge_close(struct fid *fid);
 
 /* ------------------------------------------------------------------ objects */
 
+/* A read that the owner is asked to write (ask.c). seq is last: it is there when the rest is. */
+struct ofi_request {
+	uint64_t key, offset, bytes; /* of the owner's memory */
+	uint64_t to_key, to_at;
+	_Atomic uint64_t seq;
+};
+
 /*
  * What the peer may write to without being asked: a word that says that it has
- * reached us, one that says that it goes. `out` is where ours leave from.
+ * reached us, one that says that it goes, requests, how many of ours it has
+ * answered, and a word that nobody reads, for writes that are only a notice.
+ * Behind it, where ours leave from.
  */
 struct ofi_mailbox {
-	_Atomic uint64_t hello, bye;
+	_Atomic uint64_t hello, bye, answered;
+	uint64_t sink;
+	struct ofi_request request[OFI_SLICES];
 	uint64_t out;
+	uint64_t out_answered[2 * OFI_SLICES];
+	struct ofi_request out_request[OFI_SLICES];
 };
 
 /* One generation of a connection, as one side describes it to the other. */
@@ -109,8 +124,10 @@ struct ofi_op {
 	struct fab_remote *remote;
 	struct fab_region *local;
 	uint64_t remote_offset, local_offset, bytes, user;
-	uint64_t posted; /* bytes handed to libfabric */
-	uint32_t slices; /* of them, with libfabric */
+	uint64_t posted;    /* bytes handed to libfabric */
+	uint64_t failed_ns; /* when it was first in flight on a connection that broke; 0: never */
+	uint32_t slices;    /* of them, with libfabric */
+	bool noticed;       /* ordered writes: the notice is on its way */
 	uint32_t imm;
 	int status;
 	bool write;
@@ -120,7 +137,7 @@ TAILQ_HEAD(ofi_ops, ofi_op);
 /* The context of one call; the first bytes are libfabric's. */
 struct ofi_slice {
 	struct fi_context2 context;
-	struct ofi_op *op; /* NULL: a word to the peer's mailbox */
+	struct ofi_op *op; /* NULL: a word to the peer's mailbox; or an answer */
 	uint64_t bytes;
 };
 
@@ -137,6 +154,7 @@ struct ofi_export {
 	struct fab_ep *ep;
 	struct fab_region *region;
 	struct fid_mr *mr;
+	bool landing; /* for what we read: not given by the user */
 };
 TAILQ_HEAD(ofi_exports, ofi_export);
 
@@ -156,8 +174,10 @@ struct fab_ep {
 	uint32_t generation, attempts;
 	struct ofi_side own, far;
 	bool word_posted, word_done;
+	bool lost;            /* notices that the peer relies on: the end */
 	uint64_t attempt_ns;  /* when this generation began */
 	uint64_t broken_ns;   /* since when it has not been up */
+	uint64_t up_ns;       /* since when it has */
 	uint64_t retry_ns;    /* CLOSED: when to try again */
 	uint64_t progress_ns; /* when something of what is in flight last moved */
 	struct ofi_ops queue; /* taken over, not complete */
@@ -167,6 +187,12 @@ struct fab_ep {
 	struct ofi_slice slice[OFI_SLICES + 1]; /* one more for words */
 	uint64_t inflight;
 	struct ofi_mailbox *mailbox;
+	struct ofi_exports exports;
+	uint64_t asked, got;              /* reads that the peer was asked for, and has written */
+	struct ofi_slice ask[OFI_SLICES]; /* by asked modulo its length */
+	uint64_t served, answered;        /* requests of the peer: written, and said so */
+	uint32_t serving;                 /* of served: with libfabric */
+	struct ofi_slice answer;
 
 	/* Between the engine and the user's thread, under fab->lock. */
 	TAILQ_ENTRY(fab_ep) ready_link;
@@ -184,7 +210,6 @@ struct fab_ep {
 	/* The user's thread's. */
 	uint64_t far_id;  /* who may send it signals; 0: not known yet */
 	bool told, ended; /* the user has had FAB_EV_CONNECTED or FAB_EV_ACCEPTED; FAB_EV_DOWN */
-	struct ofi_exports exports;
 	struct ofi_ops idle;
 	struct ofi_op ops[OFI_OPS];
 };
@@ -230,6 +255,7 @@ struct fab {
 	struct fid_fabric *fabric;
 	struct fid_domain *domain;
 	bool local_keys, provider_keys, virtual_addresses, tagged, waits;
+	bool asks; /* reads are asked for, and writes arrive in order (ask.c) */
 	uint64_t inflight_max, deadline_ns, down_ns;
 
 	/* The engine's. */
@@ -320,14 +346,40 @@ bool ofi_notice_room(struct fab_ep *ep);
 bool ofi_ops_progress(struct fab_ep *ep, uint64_t now);
 /* Engine, on an endpoint that is up: posts what there is room for. True: something was posted. May break ep. */
 bool ofi_ops_post(struct fab_ep *ep, uint64_t now);
-/* Engine: what is in flight is to be posted again; the link is closed. */
-void ofi_ops_rewind(struct fab_ep *ep);
+/*
+ * Engine: reads what is left before the link is closed, since what is in
+ * libfabric's queue has been confirmed to the peer. False: notices are lost.
+ */
+bool ofi_ops_drain(struct fab_ep *ep);
+/*
+ * Engine: what is in flight is to be posted again; the link is closed. Returns
+ * since when the most unfortunate operation fails; `now` for none.
+ */
+uint64_t ofi_ops_rewind(struct fab_ep *ep, uint64_t now);
 /* Engine: everything taken over completes with status. */
 void ofi_ops_fail(struct fab_ep *ep, int status);
 /* Engine: `value` to the peer's mailbox at `offset`. Its completion sets ep->word_done. */
 int ofi_word_post(struct fab_ep *ep, size_t offset, uint64_t value);
 
+/* Engine: `bytes` to the peer. context NULL: nobody waits for it; imm NULL: no notice. */
+int ofi_write_bytes(struct fab_ep *ep, void *from, uint64_t bytes, struct fid_mr *mr, struct fi_rma_iov to,
+		    void *context, const uint32_t *imm);
+/* Engine: a slice of o is done. */
+void ofi_slice_done(struct fab_ep *ep, struct ofi_op *o, uint64_t bytes);
+
+/* ------------------------------------------------------------------- ask.c */
+
+/* Engine: asks for the next slice of o; 0, -EAGAIN. */
+int ofi_ask(struct fab_ep *ep, struct ofi_op *o, uint64_t bytes);
+/* Engine: takes note of what the peer has written. True: something. */
+bool ofi_answers_in(struct fab_ep *ep, uint64_t now);
+/* Engine: writes what the peer asks for. True: something was posted. May break ep. */
+bool ofi_serve(struct fab_ep *ep);
+
 /* ---------------------------------------------------------------- region.c */
+
+/* Engine: the peer's right to write what we read into r; made when it is first needed. */
+int ofi_landing(struct fab_ep *ep, struct fab_region *r, struct fid_mr **out);
 
 int ofi_region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e);
 void ofi_region_close(struct fab_region *r);

@@ -9,7 +9,9 @@
  * under way, of one connection and of all together no more bytes than the
  * budget. A write's last slice carries the notice and leaves when the others
  * have been delivered, since a provider may bring them in any order; most
- * writes are one slice.
+ * writes are one slice. Over tcp writes do keep their order, and a large one
+ * with a notice in it would be as dangerous as a read (ask.c): there the notice
+ * is a small write of its own behind them.
  *
  * Writes are posted with FI_DELIVERY_COMPLETE: a completion means that the
  * bytes are in the peer's memory, so one that did not come may be done again
@@ -25,6 +27,8 @@
 #include <string.h>
 
 #define COMPLETIONS_AT_ONCE 32
+
+_Static_assert(OFI_NOTICES_ENOUGH + COMPLETIONS_AT_ONCE <= OFI_NOTICES, "what is read finds room");
 
 /* ------------------------------------------------------------- user's thread */
 
@@ -147,7 +151,7 @@ void ofi_ops_emit(struct fab_ep *ep, struct ofi_sink *s)
 		give_idle(ep, o);
 	}
 	/* The engine may have stopped for want of room. */
-	if (ep->notice_tail - ep->notice_head > OFI_NOTICES / 2)
+	if (ep->notice_tail - ep->notice_head >= OFI_NOTICES_ENOUGH)
 		ofi_engine_wake(ep->fab);
 	while (s->n < s->max && ep->notice_head != ep->notice_tail) {
 		ofi_count(&ep->fab->counters.notices, 1);
@@ -195,11 +199,16 @@ static uint64_t notice_data(const struct fab_ep *ep, uint32_t imm)
 	return ep->fab->tagged ? (ep->far.tag & ~(uint64_t)UINT32_MAX) | imm : imm;
 }
 
-/* context NULL for none; imm NULL: no notice. */
-static int write_bytes(struct fab_ep *ep, void *from, uint64_t bytes, void *desc, struct fi_rma_iov to, void *context,
-		       const uint32_t *imm)
+static void *desc_of(struct fid_mr *mr)
+{
+	return mr ? fi_mr_desc(mr) : NULL;
+}
+
+int ofi_write_bytes(struct fab_ep *ep, void *from, uint64_t bytes, struct fid_mr *mr, struct fi_rma_iov to,
+		    void *context, const uint32_t *imm)
 {
 	struct iovec iov = { .iov_base = from, .iov_len = bytes };
+	void *desc = desc_of(mr);
 	struct fi_msg_rma msg = {
 		.msg_iov = &iov,
 		.desc = &desc,
@@ -210,13 +219,9 @@ static int write_bytes(struct fab_ep *ep, void *from, uint64_t bytes, void *desc
 		.context = context,
 		.data = imm ? notice_data(ep, *imm) : 0,
 	};
+	uint64_t flags = FI_COMPLETION | (context ? FI_DELIVERY_COMPLETE : 0) | (imm ? FI_REMOTE_CQ_DATA : 0);
 
-	return edge_write(ep->fi.ep, &msg, FI_DELIVERY_COMPLETE | FI_COMPLETION | (imm ? FI_REMOTE_CQ_DATA : 0));
-}
-
-static void *desc_of(struct fid_mr *mr)
-{
-	return mr ? fi_mr_desc(mr) : NULL;
+	return edge_write(ep->fi.ep, &msg, flags);
 }
 
 static int post_slice(struct fab_ep *ep, struct ofi_op *o, struct ofi_slice *s, bool last)
@@ -225,11 +230,21 @@ static int post_slice(struct fab_ep *ep, struct ofi_op *o, struct ofi_slice *s, 
 				  .len = s->bytes,
 				  .key = o->remote->key };
 	uint8_t *near = o->local->base + o->local_offset + o->posted;
-	void *desc = desc_of(o->local->mr);
+	const uint32_t *imm = last && !ep->fab->asks ? &o->imm : NULL;
 
 	if (o->write)
-		return write_bytes(ep, near, s->bytes, desc, far, &s->context, last ? &o->imm : NULL);
-	return edge_read(ep->fi.ep, near, s->bytes, desc, ep->fi.far, far.addr, far.key, &s->context);
+		return ofi_write_bytes(ep, near, s->bytes, o->local->mr, far, &s->context, imm);
+	return edge_read(ep->fi.ep, near, s->bytes, desc_of(o->local->mr), ep->fi.far, far.addr, far.key, &s->context);
+}
+
+/* An ordered write's notice: all of its bytes are before it. */
+static int post_notice(struct fab_ep *ep, struct ofi_op *o, struct ofi_slice *s)
+{
+	struct fi_rma_iov sink = { .addr = ep->far.mailbox_at + offsetof(struct ofi_mailbox, sink),
+				   .len = sizeof(uint64_t),
+				   .key = ep->far.mailbox_key };
+
+	return ofi_write_bytes(ep, &ep->mailbox->sink, sink.len, ep->fi.mailbox_mr, sink, &s->context, &o->imm);
 }
 
 int ofi_word_post(struct fab_ep *ep, size_t offset, uint64_t value)
@@ -242,36 +257,61 @@ int ofi_word_post(struct fab_ep *ep, size_t offset, uint64_t value)
 	s->op = NULL;
 	s->bytes = sizeof(value);
 	ep->mailbox->out = value;
-	return write_bytes(ep, &ep->mailbox->out, sizeof(value), desc_of(ep->fi.mailbox_mr), to, &s->context, NULL);
+	return ofi_write_bytes(ep, &ep->mailbox->out, sizeof(value), ep->fi.mailbox_mr, to, &s->context, NULL);
 }
 
-/* 0: a slice of ep->next is posted. -EAGAIN: not now. */
+static void count_slice(struct fab_ep *ep, struct ofi_op *o, uint64_t bytes)
+{
+	ep->inflight += bytes;
+	ep->fab->inflight += bytes;
+	o->slices++;
+	o->posted += bytes;
+}
+
+/* With libfabric itself; bytes 0: the notice. */
+static int post_bytes(struct fab_ep *ep, struct ofi_op *o, uint64_t bytes, bool last)
+{
+	struct ofi_slice *s;
+	int ret;
+
+	if (ep->n_free == 0)
+		return -EAGAIN;
+	s = ep->free[ep->n_free - 1];
+	s->op = o;
+	s->bytes = bytes;
+	ret = bytes ? post_slice(ep, o, s, last) : post_notice(ep, o, s);
+	if (ret)
+		return ret;
+	ep->n_free--;
+	count_slice(ep, o, bytes);
+	return 0;
+}
+
+/* 0: a slice of ep->next is posted, or its notice. -EAGAIN: not now. */
 static int post_next(struct fab_ep *ep)
 {
 	struct fab *f = ep->fab;
 	struct ofi_op *o = ep->next;
 	uint64_t left = o->bytes - o->posted;
 	uint64_t bytes = left < OFI_SLICE_BYTES ? left : OFI_SLICE_BYTES;
-	bool last = left == bytes;
-	struct ofi_slice *s;
+	bool last = left == bytes, ordered = o->write && f->asks;
 	int ret;
 
-	if (ep->n_free == 0 || (o->write && last && o->slices > 0))
+	if (o->write && last && !ordered && o->slices > 0)
 		return -EAGAIN;
 	if (ep->inflight > 0 && f->inflight + bytes > f->inflight_max)
 		return -EAGAIN;
-	s = ep->free[ep->n_free - 1];
-	s->op = o;
-	s->bytes = bytes;
-	ret = post_slice(ep, o, s, last);
+	if (!o->write && f->asks) {
+		ret = ofi_ask(ep, o, bytes);
+		if (!ret)
+			count_slice(ep, o, bytes);
+	} else {
+		ret = post_bytes(ep, o, bytes, last);
+	}
 	if (ret)
 		return ret;
-	ep->n_free--;
-	ep->inflight += bytes;
-	f->inflight += bytes;
-	o->slices++;
-	o->posted += bytes;
-	if (last)
+	o->noticed = bytes == 0;
+	if (ordered ? o->noticed : last)
 		ep->next = TAILQ_NEXT(o, link);
 	return 0;
 }
@@ -302,37 +342,62 @@ static void finish(struct fab_ep *ep, struct ofi_op *o, int status)
 	pthread_mutex_unlock(&ep->fab->lock);
 }
 
-static void slice_done(struct fab_ep *ep, struct ofi_slice *s)
+void ofi_slice_done(struct fab_ep *ep, struct ofi_op *o, uint64_t bytes)
 {
-	struct ofi_op *o = s->op;
+	bool ordered = o->write && ep->fab->asks;
 
-	if (!o) {
-		ep->word_done = true;
-		return;
-	}
 	assert(o->slices > 0);
-	ep->free[ep->n_free++] = s;
-	ep->inflight -= s->bytes;
-	ep->fab->inflight -= s->bytes;
-	if (--o->slices == 0 && o->posted == o->bytes)
+	ep->inflight -= bytes;
+	ep->fab->inflight -= bytes;
+	if (--o->slices == 0 && o->posted == o->bytes && (o->noticed || !ordered))
 		finish(ep, o, 0);
 }
 
-static void notice_in(struct fab_ep *ep, uint64_t data)
+static void completion_in(struct fab_ep *ep, struct ofi_slice *s)
+{
+	if (s == &ep->answer) {
+		ep->serving--;
+	} else if (!s->op) {
+		ep->word_done = true;
+	} else {
+		ep->free[ep->n_free++] = s;
+		ofi_slice_done(ep, s->op, s->bytes);
+	}
+}
+
+/* False: no room for it. */
+static bool notice_in(struct fab_ep *ep, uint64_t data)
 {
 	struct fab *f = ep->fab;
+	bool room;
 
 	if (f->tagged && (data ^ ep->own.tag) >> 32) {
 		if (atomic_fetch_add_explicit(&f->counters.refused, 1, memory_order_relaxed) == 0)
 			log_warn(f->log,
 				 "fabric ofi: refused a notice that is not the peer's; others are only counted");
-		return;
+		return true;
 	}
 	pthread_mutex_lock(&f->lock);
-	assert(ep->notice_tail - ep->notice_head < OFI_NOTICES);
-	ep->notices[ep->notice_tail++ % OFI_NOTICES] = (uint32_t)data;
+	room = ep->notice_tail - ep->notice_head < OFI_NOTICES;
+	if (room)
+		ep->notices[ep->notice_tail++ % OFI_NOTICES] = (uint32_t)data;
 	ofi_make_ready(ep);
 	pthread_mutex_unlock(&f->lock);
+	return room;
+}
+
+static bool completions_in(struct fab_ep *ep, const struct fi_cq_data_entry *done, int n)
+{
+	bool room = true;
+
+	for (int i = 0; i < n; i++) {
+		/* Some providers put the first flag on the completion of the one who sent the data, too. */
+		if (done[i].flags & FI_REMOTE_CQ_DATA && done[i].flags & FI_REMOTE_WRITE)
+			room &= notice_in(ep, done[i].data);
+		else if (done[i].op_context)
+			completion_in(ep, done[i].op_context);
+	}
+	return room;
 }
 
 static void failure_in(struct fab_ep *ep)
@@ -353,7 +418,7 @@ bool ofi_notice_room(struct fab_ep *ep)
 	pthread_mutex_lock(&ep->fab->lock);
 	used = ep->notice_tail - ep->notice_head;
 	pthread_mutex_unlock(&ep->fab->lock);
-	return used + COMPLETIONS_AT_ONCE <= OFI_NOTICES;
+	return used < OFI_NOTICES_ENOUGH;
 }
 
 bool ofi_ops_progress(struct fab_ep *ep, uint64_t now)
@@ -374,34 +439,56 @@ bool ofi_ops_progress(struct fab_ep *ep, uint64_t now)
 		ofi_conn_break(ep, n, "no completions from libfabric");
 		return true;
 	}
-	for (int i = 0; i < n; i++) {
-		/* Some providers put the first flag on the completion of the one who sent the data, too. */
-		if (done[i].flags & FI_REMOTE_CQ_DATA && done[i].flags & FI_REMOTE_WRITE)
-			notice_in(ep, done[i].data);
-		else if (done[i].op_context)
-			slice_done(ep, done[i].op_context);
-	}
+	/* There is room: that was asked above. */
+	(void)completions_in(ep, done, n);
 	ep->progress_ns = now;
 	return true;
 }
 
 /* -------------------------------------------------------------------- endings */
 
-void ofi_ops_rewind(struct fab_ep *ep)
+bool ofi_ops_drain(struct fab_ep *ep)
 {
+	struct fi_cq_data_entry done[COMPLETIONS_AT_ONCE];
+	bool room = true;
+
+	for (;;) {
+		/* Zeroed: libfabric takes what stands there for a buffer of ours. */
+		struct fi_cq_err_entry failed = { 0 };
+		int n = edge_completions(ep->fi.cq, done, ARRAY_LEN(done));
+
+		if (n > 0)
+			room &= completions_in(ep, done, n);
+		else if (n != -EBADMSG || edge_failure(ep->fi.cq, &failed))
+			return room;
+	}
+}
+
+uint64_t ofi_ops_rewind(struct fab_ep *ep, uint64_t now)
+{
+	uint64_t since = now;
 	struct ofi_op *o;
 
 	TAILQ_FOREACH(o, &ep->queue, link)
 	{
-		if (o->posted > 0)
+		if (o->posted > 0) {
 			ofi_count(&ep->fab->counters.replays, 1);
+			o->failed_ns = o->failed_ns ? o->failed_ns : now;
+		}
+		if (o->failed_ns && o->failed_ns < since)
+			since = o->failed_ns;
 		o->posted = 0;
 		o->slices = 0;
+		o->noticed = false;
 	}
 	ep->next = TAILQ_FIRST(&ep->queue);
 	ep->fab->inflight -= ep->inflight;
 	ep->inflight = 0;
+	ep->asked = ep->got = 0;
+	ep->served = ep->answered = 0;
+	ep->serving = 0;
 	slices_init(ep);
+	return since;
 }
 
 void ofi_ops_fail(struct fab_ep *ep, int status)

@@ -66,23 +66,61 @@ static void memory_free(struct fab_region *r)
 /* ------------------------------------------------------------- registrations */
 
 struct registration {
-	struct fab *f;
-	void *at;
-	uint64_t bytes, flags;
+	struct fab_region *region;
+	struct fab_ep *ep; /* an export to its peer; NULL: the region's own */
+	uint64_t flags;
 	struct fid_mr *mr;
 	int ret;
 };
 
+/* Engine. */
+static int export_make(struct fab_ep *ep, struct fab_region *r, uint64_t flags, bool landing, struct fid_mr **mr)
+{
+	struct ofi_export *x = calloc(1, sizeof(*x));
+	int ret;
+
+	if (!x)
+		return -ENOMEM;
+	ret = ofi_register(r->fab, r->base, r->bytes, flags, &x->mr);
+	if (ret) {
+		free(x);
+		return ret;
+	}
+	x->ep = ep;
+	x->region = r;
+	x->landing = landing;
+	TAILQ_INSERT_TAIL(&ep->exports, x, of_ep);
+	TAILQ_INSERT_TAIL(&r->exports, x, of_region);
+	*mr = x->mr;
+	return 0;
+}
+
+int ofi_landing(struct fab_ep *ep, struct fab_region *r, struct fid_mr **out)
+{
+	struct ofi_export *x;
+
+	TAILQ_FOREACH(x, &r->exports, of_region)
+	{
+		if (x->ep == ep && x->landing) {
+			*out = x->mr;
+			return 0;
+		}
+	}
+	return export_make(ep, r, FI_REMOTE_WRITE, true, out);
+}
+
 static void run_register(void *ctx)
 {
 	struct registration *g = ctx;
+	struct fab_region *r = g->region;
 
-	g->ret = ofi_register(g->f, g->at, g->bytes, g->flags, &g->mr);
+	g->ret = g->ep ? export_make(g->ep, r, g->flags, false, &g->mr)
+		       : ofi_register(r->fab, r->base, r->bytes, g->flags, &g->mr);
 }
 
-static int register_region(struct fab_region *r, uint64_t flags, struct fid_mr **out)
+static int registered(struct fab_region *r, struct fab_ep *ep, uint64_t flags, struct fid_mr **out)
 {
-	struct registration g = { .f = r->fab, .at = r->base, .bytes = r->bytes, .flags = flags };
+	struct registration g = { .region = r, .ep = ep, .flags = flags };
 
 	ofi_engine_call(r->fab, run_register, &g);
 	if (!g.ret)
@@ -112,7 +150,7 @@ static int register_own(struct fab_region *r)
 		flags |= FI_READ | FI_WRITE;
 	if (r->fab->provider_keys)
 		flags |= remote_flags(r->access);
-	return flags ? register_region(r, flags, &r->mr) : 0;
+	return flags ? registered(r, NULL, flags, &r->mr) : 0;
 }
 
 static void close_mr(struct fab *f, struct fid_mr *mr)
@@ -145,8 +183,12 @@ static void run_region_end(void *ctx)
 	struct fab_region *r = ctx;
 	struct ofi_export *x;
 
-	while ((x = TAILQ_FIRST(&r->exports)))
+	while ((x = TAILQ_FIRST(&r->exports))) {
+		/* Answers may be leaving from it. */
+		if (x->ep->serving > 0)
+			ofi_conn_break(x->ep, -EACCES, "memory that is being read is closed");
 		export_end(r->fab, x, r);
+	}
 	if (r->mr)
 		close_mr(r->fab, r->mr);
 }
@@ -210,26 +252,6 @@ void *ofi_region_addr(struct fab_region *r)
 
 /* -------------------------------------------------------------------- exports */
 
-static int export_make(struct fab_ep *ep, struct fab_region *r, struct fid_mr **mr)
-{
-	struct ofi_export *x = calloc(1, sizeof(*x));
-	int ret;
-
-	if (!x)
-		return -ENOMEM;
-	ret = register_region(r, remote_flags(r->access), &x->mr);
-	if (ret) {
-		free(x);
-		return ret;
-	}
-	x->ep = ep;
-	x->region = r;
-	TAILQ_INSERT_TAIL(&ep->exports, x, of_ep);
-	TAILQ_INSERT_TAIL(&r->exports, x, of_region);
-	*mr = x->mr;
-	return 0;
-}
-
 static bool is_up(struct fab_ep *ep)
 {
 	bool up;
@@ -251,7 +273,7 @@ int ofi_export(struct fab_ep *ep, struct fab_region *r, struct fab_blob *out)
 	if (r->access == FAB_LOCAL || (r->access == FAB_REMOTE_WRITE && r->exported))
 		return -EPERM;
 	if (!ep->fab->provider_keys)
-		ret = export_make(ep, r, &mr);
+		ret = registered(r, ep, remote_flags(r->access), &mr);
 	if (ret)
 		return ret;
 	r->exported = true;
