@@ -94,6 +94,22 @@ static void set_port_0(struct sockaddr_storage *sa)
 		((struct sockaddr_in *)sa)->sin_port = 0;
 }
 
+int conn_route_address(const char *endpoint, char out[64], struct err *e)
+{
+	int rc = conn_route(endpoint, out, e);
+	size_t n;
+
+	if (rc)
+		return rc;
+	*strrchr(out, ':') = '\0';
+	n = strlen(out);
+	if (out[0] == '[') {
+		memmove(out, out + 1, n - 2);
+		out[n - 2] = '\0';
+	}
+	return 0;
+}
+
 int conn_route(const char *endpoint, char out[64], struct err *e)
 {
 	struct sockaddr_storage sa = { 0 };

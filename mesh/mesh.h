@@ -481,6 +481,8 @@ const char *conn_listener_endpoint(const struct conn_listener *l);
  * service listens for workers. Sends nothing. -EAGAIN: the name cannot be resolved yet.
  */
 int conn_route(const char *endpoint, char out[64], struct err *e);
+/* The same without port and brackets: "10.0.0.2", "::1". */
+int conn_route_address(const char *endpoint, char out[64], struct err *e);
 
 /* ------------------------------------------------------------------ member */
 

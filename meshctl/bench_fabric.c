@@ -33,6 +33,7 @@ struct bench {
 	uint64_t size[LIST_MAX], depth[LIST_MAX];
 	pid_t child[BENCH_PEERS_MAX];
 	char endpoint[BENCH_PEERS_MAX][ENDPOINT_MAX];
+	char address[64]; /* of ours, from which the other side is reached */
 };
 
 /* ----------------------------------------------------------------------- flags */
@@ -266,6 +267,14 @@ static int measure(struct bench *b, struct bench_join *j, struct err *e)
 	return rc;
 }
 
+static void own_address(struct bench *b, const char *endpoint)
+{
+	struct err e;
+
+	if (!conn_route_address(endpoint, b->address, &e))
+		b->config.options.local_address = b->address;
+}
+
 static int active(struct bench *b, struct err *e)
 {
 	struct bench_join *j = calloc(1, sizeof(*j));
@@ -275,6 +284,8 @@ static int active(struct bench *b, struct err *e)
 
 	for (uint32_t i = 0; i < n; i++)
 		endpoint[i] = b->endpoint[i];
+	if (!rc)
+		own_address(b, b->endpoint[0]);
 	if (!rc) {
 		rc = bench_join(j, &b->config, endpoint, n, e);
 		if (!rc)
@@ -336,6 +347,9 @@ static int fabric_main(int argc, char **argv)
 	b.config.memory = b.memory;
 	snprintf(b.config.job, sizeof(b.config.job), "%s", b.job);
 	rc = make_token(&b, &e);
+	/* Where it listens it is reached; a child does so on loopback. */
+	if (!rc && !b.connect)
+		own_address(&b, b.listen ? b.listen : "127.0.0.1:1");
 	if (!rc)
 		rc = b.listen ? bench_serve(&b.config, b.listen, -1, &e) : active(&b, &e);
 	if (rc)

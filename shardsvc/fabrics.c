@@ -80,19 +80,9 @@ static int instance_open(struct shard *s, const struct fab_ops *ops, struct fabr
 static void find_address(struct shard *s)
 {
 	struct err e;
-	char *colon;
 
-	if (conn_route(s->rdzv_endpoint, s->local_address, &e))
-		return;
-	colon = strrchr(s->local_address, ':');
-	if (!colon)
-		return;
-	*colon = '\0';
-	if (s->local_address[0] == '[') {
-		colon[-1] = '\0';
-		memmove(s->local_address, s->local_address + 1, strlen(s->local_address));
-	}
-	s->fabric_options.local_address = s->local_address;
+	if (!conn_route_address(s->rdzv_endpoint, s->local_address, &e))
+		s->fabric_options.local_address = s->local_address;
 }
 
 static const struct fab_ops *home_provider(const struct fab_candidate *c, int n)

@@ -23,7 +23,7 @@ def cells(directory):
     here = providers()
     check("local" in here and "local-copy" in here, here)
     for name in here:
-        code, out, err = bench("--fabric", name, "--sizes", "4K,1M", "--depths", "1,16", "--seconds", "0.05", "--json")
+        code, out, err = bench("--fabric", name, "--sizes", "4K,1M", "--depths", "1,16", "--seconds", "0.3", "--json")
         check(code == 0, err)
         said = json.loads(out)
         check(said["fabric"] == name and said["description"], out)

@@ -325,6 +325,9 @@ static void test_names(void **state)
 	assert_int_equal(conn_route("127.0.0.1:9", local, &e), 0);
 	assert_string_equal(local, "127.0.0.1:0");
 	assert_int_equal(conn_route("127.0.0.1", local, &e), -EINVAL);
+	assert_int_equal(conn_route_address("127.0.0.1:9", local, &e), 0);
+	assert_string_equal(local, "127.0.0.1");
+	assert_int_equal(conn_route_address("127.0.0.1", local, &e), -EINVAL);
 }
 
 static void test_every_address(void **state)
