@@ -21,6 +21,11 @@
  * they are placed anew from the window's start, where they fit, the window
  * being as large as the largest use. Reads end by themselves: an owner's progress does not depend
  * on this worker.
+ *
+ * Where workers of a host copy from each other, a unit that was dropped goes on
+ * to be offered as long as its bytes lie there. A read begins when whoever still
+ * copies from its place is through; until then nothing is started, which takes a
+ * moment and is no lock, since those who copy wait for nobody.
  */
 #include "worker/fetch.h"
 
@@ -81,6 +86,12 @@ static uint32_t next_use(const struct fetch *f, uint32_t unit, uint32_t from)
 	return NO_USE;
 }
 
+static void drop(struct fetch *f, uint32_t unit)
+{
+	f->unit[unit].state = FETCH_ABSENT;
+	f->unit[unit].shown = f->cfg.leave != NULL;
+}
+
 void fetch_plan(struct fetch *f, uint64_t version, const struct use *uses, uint32_t n_uses)
 {
 	assert(f->cfg.window >= fetch_window_min(f->cfg.unit_elements, uses, n_uses));
@@ -92,7 +103,7 @@ void fetch_plan(struct fetch *f, uint64_t version, const struct use *uses, uint3
 			continue;
 		u->doomed = u->state == FETCH_READING;
 		if (u->state == FETCH_THERE)
-			u->state = FETCH_ABSENT;
+			drop(f, i);
 	}
 	f->version = version;
 	f->uses = uses;
@@ -141,7 +152,7 @@ void fetch_finished(struct fetch *f, uint32_t use)
 
 			assert(f->unit[unit].state == FETCH_THERE);
 			if (!is_pinned(f, unit) && !comes_back(f, unit))
-				f->unit[unit].state = FETCH_ABSENT;
+				drop(f, unit);
 		}
 	}
 }
@@ -151,7 +162,10 @@ void fetch_arrived(struct fetch *f, uint32_t unit, int status)
 	struct fetch_unit *u = &f->unit[unit];
 
 	assert(u->state == FETCH_READING);
-	u->state = status || u->doomed ? FETCH_ABSENT : FETCH_THERE;
+	if (status || u->doomed)
+		drop(f, unit);
+	else
+		u->state = FETCH_THERE;
 	if (status && !u->doomed && !f->status && f->n_uses > 0) {
 		f->status = status;
 		f->failed_unit = unit;
@@ -166,14 +180,20 @@ bool fetch_is_doomed(const struct fetch *f, uint32_t unit)
 
 /* ------------------------------------------------------------------ places */
 
+static bool overlaps(const struct fetch *f, uint32_t unit, uint64_t begin, uint64_t n)
+{
+	const struct fetch_unit *u = &f->unit[unit];
+
+	return u->offset < begin + n && begin < u->offset + f->cfg.unit_elements[unit];
+}
+
 /* The unit that overlaps [begin, begin + n), victims aside; NO_USE when the room is free. */
 static uint32_t occupant(const struct fetch *f, uint64_t begin, uint64_t n)
 {
 	for (uint32_t i = 0; i < f->cfg.n_units; i++) {
 		const struct fetch_unit *u = &f->unit[i];
 
-		if (u->state != FETCH_ABSENT && !u->victim && u->offset < begin + n &&
-		    begin < u->offset + f->cfg.unit_elements[i])
+		if (u->state != FETCH_ABSENT && !u->victim && overlaps(f, i, begin, n))
 			return i;
 	}
 	return NO_USE;
@@ -221,8 +241,8 @@ static void settle_victims(struct fetch *f, bool found, uint64_t at, uint64_t n)
 	for (uint32_t i = 0; i < f->cfg.n_units; i++) {
 		struct fetch_unit *u = &f->unit[i];
 
-		if (u->victim && found && u->offset < at + n && at < u->offset + f->cfg.unit_elements[i])
-			u->state = FETCH_ABSENT;
+		if (u->victim && found && overlaps(f, i, at, n))
+			drop(f, i);
 		u->victim = false;
 	}
 }
@@ -275,8 +295,26 @@ static bool place(struct fetch *f, uint32_t unit, uint64_t *at)
 		return false;
 	/* The use's own units are in each other's way: they are placed anew, in an empty window. */
 	for (uint32_t i = 0; i < f->cfg.n_units; i++)
-		f->unit[i].state = FETCH_ABSENT;
+		if (f->unit[i].state != FETCH_ABSENT)
+			drop(f, i);
 	return make_room(f, use, n, at);
+}
+
+/* What lies in the place of `unit`, and what it left elsewhere, is offered to nobody any more. False: not yet. */
+static bool vacate(struct fetch *f, uint32_t unit, uint64_t at)
+{
+	bool all = true;
+
+	for (uint32_t i = 0; i < f->cfg.n_units; i++) {
+		struct fetch_unit *u = &f->unit[i];
+
+		if (!u->shown || (i != unit && !overlaps(f, i, at, f->cfg.unit_elements[unit])))
+			continue;
+		u->shown = !f->cfg.leave(f->cfg.ctx, i);
+		all &= !u->shown;
+	}
+	f->held_up = !all;
+	return all;
 }
 
 /* ----------------------------------------------------------------- actions */
@@ -315,7 +353,7 @@ static bool start(struct fetch *f, struct fetch_action *out)
 				return false;
 			if (x->state != FETCH_ABSENT)
 				continue;
-			if (!place(f, u->unit[i], &at))
+			if (!place(f, u->unit[i], &at) || !vacate(f, u->unit[i], at))
 				return false;
 			*x = (struct fetch_unit){ .state = FETCH_READING, .offset = at, .for_use = f->started };
 			note_live(f);
@@ -343,6 +381,7 @@ bool fetch_next(struct fetch *f, struct fetch_action *out)
 		*out = (struct fetch_action){ .type = FETCH_FAILED, .unit = f->failed_unit, .status = f->status };
 		return tell;
 	}
+	f->held_up = false;
 	/* Once more behind start: it passes over uses whose units are all there. */
 	return announce(f, out) || start(f, out) || announce(f, out);
 }

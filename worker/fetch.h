@@ -15,6 +15,13 @@ struct fetch_config {
 	uint64_t window;               /* elements; at least fetch_window_min */
 	uint64_t prefetch;             /* elements read ahead of the use being computed */
 	uint64_t reuse;                /* kept after use when needed again within so many elements */
+	/*
+	 * Others may copy a unit from its place, also when it is not needed here any more, until the place is used for
+	 * something else: may it be, now? Called for each unit that lies there, or lay elsewhere, again until it says
+	 * yes, which must not depend on this worker. NULL: nobody does.
+	 */
+	bool (*leave)(void *ctx, uint32_t unit);
+	void *ctx;
 };
 
 enum fetch_state { FETCH_ABSENT, FETCH_READING, FETCH_THERE };
@@ -22,6 +29,7 @@ struct fetch_unit {
 	enum fetch_state state;
 	bool doomed;      /* being read, for nobody any more: its place is free when it has arrived */
 	bool victim;      /* while a place is sought */
+	bool shown;       /* absent, and others may be copying what is left in its place */
 	uint64_t offset;  /* elements, in the window */
 	uint32_t for_use; /* the use it was read for */
 };
@@ -38,6 +46,7 @@ struct fetch {
 	int status;       /* of the first unit that failed since fetch_plan */
 	uint32_t failed_unit;
 	bool failure_told;
+	bool held_up; /* fetch_next could have started a read but for those who copy what is in the way: ask again soon */
 	_Atomic uint64_t live_max; /* elements in the window at once, read and being read; for the metrics */
 };
 

@@ -31,6 +31,7 @@ struct sim {
 	const struct use *use; /* the plan's */
 	uint32_t n, computed, announced;
 	uint64_t reads;
+	bool shared; /* others copy from places, and are through after a while */
 };
 
 static uint64_t draw(struct sim *s, uint64_t below)
@@ -59,6 +60,12 @@ static void make_uses(struct sim *s, bool tied)
 	}
 }
 
+static bool leave(void *ctx, uint32_t unit)
+{
+	(void)unit;
+	return draw(ctx, 3) == 0;
+}
+
 static void sim_open(struct sim *s, uint64_t seed)
 {
 	struct fetch_config cfg = { .unit_elements = s->elements };
@@ -78,6 +85,9 @@ static void sim_open(struct sim *s, uint64_t seed)
 	cfg.window = draw(s, 3) ? least + draw(s, all) : least;
 	cfg.prefetch = draw(s, 4) ? draw(s, all) : 0;
 	cfg.reuse = draw(s, 3) ? draw(s, 2 * all) : draw(s, 2) ? 0 : 1000000000;
+	s->shared = draw(s, 2);
+	cfg.leave = s->shared ? leave : NULL;
+	cfg.ctx = s;
 	assert_int_equal(fetch_init(&s->f, &cfg), 0);
 }
 
@@ -88,17 +98,22 @@ static void check_window(const struct sim *s)
 	for (uint32_t i = 0; i < s->n_units; i++) {
 		const struct fetch_unit *a = &s->f.unit[i];
 
+		assert_true(s->shared || !a->shown);
 		if (a->state == FETCH_ABSENT)
 			continue;
+		/* A unit is somewhere, or something of it is left somewhere. */
+		assert_false(a->shown);
 		live += s->elements[i];
 		assert_true(a->offset + s->elements[i] <= s->f.cfg.window);
 		if (!a->doomed && a->for_use > s->f.pos)
 			ahead += s->elements[i];
-		for (uint32_t k = 0; k < i; k++) {
+		for (uint32_t k = 0; k < s->n_units; k++) {
 			const struct fetch_unit *b = &s->f.unit[k];
 
-			assert_true(b->state == FETCH_ABSENT || a->offset >= b->offset + s->elements[k] ||
-				    b->offset >= a->offset + s->elements[i]);
+			if (k == i)
+				continue;
+			assert_true((b->state == FETCH_ABSENT && !b->shown) ||
+				    a->offset >= b->offset + s->elements[k] || b->offset >= a->offset + s->elements[i]);
 		}
 	}
 	assert_true(ahead <= s->f.cfg.prefetch);
@@ -174,8 +189,12 @@ static void run_span(struct sim *s, uint32_t cut)
 		take_actions(s);
 		may_compute = s->announced > s->computed;
 		/* Else nothing would ever happen again. */
-		assert_true(may_compute || s->n_reading > 0);
+		assert_true(may_compute || s->n_reading > 0 || s->f.held_up);
 		assert_true(++events < 1000);
+		if (s->f.held_up && draw(s, 2))
+			continue;
+		if (!may_compute && !s->n_reading)
+			continue;
 		if (s->n_reading && (!may_compute || draw(s, 2))) {
 			end_read(s);
 		} else {
