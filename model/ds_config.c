@@ -432,6 +432,7 @@ static int set_defaults(struct job_config *c, const char *base_dir, struct err *
 		.eval_batches = 8,
 		.shards = 1,
 		.workers = 1,
+		.host_sharing = true,
 		.max_owners_per_unit = 16,
 		.max_held_nodes = 8,
 	};

@@ -253,6 +253,7 @@ static void check_connected(struct worker *w)
 			return;
 		w->in_place &= a->peer[i].fabric->ops->maps;
 	}
+	neighbours_open(w);
 	rc = prepare_memory(w, &e);
 	if (!rc && w->in_place)
 		rc = open_view(w);
@@ -266,6 +267,7 @@ static void check_connected(struct worker *w)
 	a->planned = true;
 	for (uint32_t i = 0; i < a->n_peers; i++)
 		send_regions(&a->peer[i]);
+	neighbours_greet(w);
 }
 
 static int take_blob(struct fab_blob *out, const struct wire_blob *in)
@@ -422,9 +424,12 @@ static void handle(struct fabric *f, const struct fab_event *ev)
 
 	switch (ev->type) {
 	case FAB_EV_CONNECTED:
+	case FAB_EV_ACCEPTED:
 	case FAB_EV_DOWN:
 	case FAB_EV_SIGNAL:
-		if (pair_event(f, ev))
+		if (ev->type != FAB_EV_SIGNAL && ev->user & NEIGHBOUR_USER)
+			neighbours_event(w, ev);
+		else if (pair_event(f, ev))
 			check_connected(w);
 		break;
 	case FAB_EV_READ:
@@ -433,9 +438,8 @@ static void handle(struct fabric *f, const struct fab_event *ev)
 	case FAB_EV_WRITE:
 		push_event(w, ev);
 		break;
-	case FAB_EV_ACCEPTED:
 	case FAB_EV_NOTICE:
-		/* This side gives out no address and no inbox. */
+		/* This side gives out no inbox. */
 		assert(false);
 		break;
 	}
@@ -478,6 +482,7 @@ void attach_pump(struct worker *w)
 		uint32_t n = poll_all(w);
 
 		import_all(w);
+		neighbours_run(w);
 		copy_run(w);
 		push_run(w);
 		if (n == 0 && arm_all(w))

@@ -79,6 +79,8 @@ static void on_members(void *ctx, const struct member_table *t)
 
 	if (!w->have_map && !w->over && attach_open(w, t, &e))
 		control_fail(w, EXIT_JOB_FAILED, "%s", e.text);
+	if (!w->over)
+		neighbours_members(w, t);
 }
 
 void control_ready(struct worker *w)
@@ -373,6 +375,9 @@ static int on_message(void *ctx, const struct wire_header *h, const union wire_m
 	case WIRE_RECALL:
 		on_recall(w, &m->recall);
 		break;
+	case WIRE_RELAY:
+		neighbours_relay(w, &m->relay);
+		break;
 	default:
 		rc = -EPROTO;
 	}
@@ -396,6 +401,14 @@ static void add_metrics(struct worker *w)
 
 	metrics_add(m, "mesh_fetch_units_total", "units fetched for use", &c->fetch_units);
 	metrics_add(m, "mesh_fetch_bytes_total", "parameter bytes copied from shard services", &c->fetch_bytes);
+	metrics_add(m, "mesh_network_bytes_total", "of them over a network", &c->network_bytes);
+	metrics_add(m, "mesh_neighbour_bytes_total", "parameter bytes copied from workers of this host",
+		    &c->neighbour_bytes);
+	metrics_add(m, "mesh_neighbours", "workers of this host that share what they read", &c->neighbours);
+	metrics_add(m, "mesh_portions_claimed_total", "portions of units read for the host", &c->claimed);
+	metrics_add(m, "mesh_portions_waited_total", "portions that a neighbour was waited for", &c->waited);
+	metrics_add(m, "mesh_portions_seized_total", "portions read though a neighbour had claimed them", &c->seized);
+	metrics_add(m, "mesh_seized_bytes_total", "bytes over a network for them", &c->seized_bytes);
 	metrics_add(m, "mesh_fetch_wait_ns_total", "time the compute thread waited for units", &c->fetch_wait_ns);
 	metrics_add(m, "mesh_live_parameters_max", "parameters in the live window at once, where units are copied",
 		    &w->copier.fetch.live_max);

@@ -3,8 +3,9 @@
  * The providers of the fabric that this worker uses, one instance each, opened
  * for the first shard service that needs it; and our memory in them. In place
  * there is one provider and it makes the memory, since it shares only what it
- * made. In copy mode nobody else reads ours: it is allocated once, on huge
- * pages where there are any, and every provider adopts it.
+ * made. In copy mode memory is allocated once, on huge pages where there are
+ * any, and every provider adopts it; a window that neighbours copy from is made
+ * by `local`, the others adopt it likewise.
  */
 #include "worker/process.h"
 
@@ -23,19 +24,9 @@ static void note_left_out(void *ctx, const char *provider, const char *reason)
 static void find_address(struct worker *w)
 {
 	struct err e;
-	char *colon;
 
-	if (conn_route(w->endpoint, w->local_address, &e))
-		return;
-	colon = strrchr(w->local_address, ':');
-	if (!colon)
-		return;
-	*colon = '\0';
-	if (w->local_address[0] == '[') {
-		colon[-1] = '\0';
-		memmove(w->local_address, w->local_address + 1, strlen(w->local_address));
-	}
-	w->fabric_options.local_address = w->local_address;
+	if (!conn_route_address(w->endpoint, w->local_address, &e))
+		w->fabric_options.local_address = w->local_address;
 }
 
 int fabrics_options(struct worker *w, struct err *e)
@@ -165,20 +156,37 @@ static int shared_memory(struct fabric *f, enum memory_use use, const struct fab
 	return rc;
 }
 
+/* Memory of one use that neighbours may read. -Exxx: it is not to be had, and they read none. */
+static int neighbours_memory(struct worker *w, enum memory_use use, struct fab_region_attr a, void **at)
+{
+	struct err e = { 0 };
+	int rc;
+
+	a.access = FAB_REMOTE_READ;
+	rc = shared_memory(w->neighbours.fabric, use, &a, at, &e);
+	if (rc)
+		neighbours_off(w, e.text);
+	return rc;
+}
+
 int fabrics_memory(struct worker *w, enum memory_use use, const char *name, uint64_t bytes, void **at, struct err *e)
 {
 	struct fab_region_attr a = {
 		.name = name, .memory = FAB_HOST, .bytes = bytes, .access = w->in_place ? FAB_REMOTE_READ : FAB_LOCAL
 	};
+	bool shared = use == MEMORY_WINDOW && w->neighbours.on;
 	int rc = 0;
 
 	if (w->in_place)
 		return shared_memory(w->attach.peer[0].fabric, use, &a, at, e);
-	if (arena_init(&w->memory[use], name, round_up_u64(bytes, 4096)))
+	if (shared)
+		shared = !neighbours_memory(w, use, a, &a.at);
+	if (!shared && arena_init(&w->memory[use], name, round_up_u64(bytes, 4096)))
 		return err_set(e, -ENOMEM, "no memory for the %s", name);
-	a.at = w->memory[use].base;
+	if (!shared)
+		a.at = w->memory[use].base;
 	for (uint32_t k = 0; k < w->n_fabrics && !rc; k++)
-		if (in_use(w, &w->fabric[k]))
+		if (in_use(w, &w->fabric[k]) && !w->fabric[k].region[use])
 			rc = w->fabric[k].ops->region_open(w->fabric[k].fab, &a, &w->fabric[k].region[use], e);
 	*at = a.at;
 	return rc;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* All that a worker will take: model's plan and the program's own lines. */
 #include "kernels/kernels.h"
+#include "worker/board.h"
 #include "worker/net.h"
 #include "worker/slices.h"
 #include "worker/worker.h"
@@ -72,9 +73,10 @@ int worker_memory_plan(const struct job_config *c, const struct unit_table *t, c
 		.ctx = &in,
 	};
 	uint64_t words = round_up_u64((uint64_t)m->n_shards * CACHE_LINE, PAGE);
+	uint64_t board = c->host_sharing && !m->mapped ? round_up_u64(board_bytes(t->n_units), PAGE) : 0;
 	int rc;
 
-	place.beside += m->mapped ? 0 : PUSH_STAGING_BYTES + words;
+	place.beside += m->mapped ? 0 : PUSH_STAGING_BYTES + words + board;
 	rc = worker_plan_make(c, t, b, &place, out, e);
 	if (rc)
 		return rc;
@@ -83,6 +85,9 @@ int worker_memory_plan(const struct job_config *c, const struct unit_table *t, c
 	else
 		mem_plan_add(&out->mem, "staging", PUSH_STAGING_BYTES + words,
 			     "slices that the page map cuts, progress words of %u shard services", m->n_shards);
+	if (board)
+		mem_plan_add(&out->mem, "board", board, "what workers of a host tell each other of %u units",
+			     t->n_units);
 	if (m->index_bytes)
 		mem_plan_add(&out->mem, "data index", m->index_bytes, "of documents; data files themselves are mapped");
 	mem_plan_add(&out->mem, "the process itself", PROCESS_BYTES, "heap, stacks, the mathematics library");

@@ -105,6 +105,7 @@ void prepare_release(struct worker *w)
 		return;
 	compute_release(&w->compute);
 	push_release(w);
+	neighbours_release(w);
 	copy_release(w);
 	fabrics_release(w);
 	if (w->data)
@@ -113,10 +114,24 @@ void prepare_release(struct worker *w)
 	job_config_release(&w->config);
 }
 
+static void report_sharing(struct worker *w)
+{
+	struct worker_counters *c = &w->counters;
+
+	log_info(&w->log,
+		 "sharing: %llu parameter bytes over a network, %llu from workers of this host; %llu portions claimed, "
+		 "%llu waited for, %llu seized (%llu bytes)",
+		 (unsigned long long)c->network_bytes, (unsigned long long)c->neighbour_bytes,
+		 (unsigned long long)c->claimed, (unsigned long long)c->waited, (unsigned long long)c->seized,
+		 (unsigned long long)c->seized_bytes);
+}
+
 void prepare_report(struct worker *w)
 {
-	/* In place the gradients are shared memory; in copy mode all of ours is private. */
-	uint64_t own = w->in_place ? w->push.n_buffers * w->push.elements * sizeof(float) : 0;
+	/* In place the gradients are shared memory; in copy mode a window that neighbours copy from. */
+	uint64_t own = w->in_place        ? w->push.n_buffers * w->push.elements * sizeof(float)
+		       : w->neighbours.on ? w->plan.window_elements * sizeof(float)
+					  : 0;
 
 	if (!w->attach.ready_sent)
 		return;
@@ -124,5 +139,7 @@ void prepare_report(struct worker *w)
 		log_info(&w->log, "live window: at most %llu parameters at once, of %llu allowed",
 			 (unsigned long long)atomic_load(&w->copier.fetch.live_max),
 			 (unsigned long long)w->plan.window_elements);
+	if (w->neighbours.on)
+		report_sharing(w);
 	mem_plan_log_used(&w->log, &w->plan.mem, own);
 }

@@ -5,7 +5,8 @@
  * thread's view of steps, leases and spans; attach.c: shard services and the
  * map of their memory; pair.c: which provider of the fabric serves each of them;
  * fabrics.c: the providers in use, and our memory in them; copy.c: reading units
- * where memory is not shared; push.c: gradients on their way to their owners;
+ * where memory is not shared; neighbours.c: the workers of this host, with whom
+ * such reads are shared; push.c: gradients on their way to their owners;
  * compute.c: the thread that computes.
  *
  * Two threads: the control thread owns everything here but struct compute's
@@ -19,6 +20,7 @@
 #include "mesh/mesh.h"
 #include "model/model.h"
 #include "rdma/fabric.h"
+#include "worker/board.h"
 #include "worker/fetch.h"
 #include "worker/schedule.h"
 #include "worker/slices.h"
@@ -26,6 +28,7 @@
 
 #include <event2/event.h>
 #include <pthread.h>
+#include <string.h>
 
 #define JOIN_TIMEOUT_NS 600000000000ull /* for the coordinator, then for all shard services */
 #define WAIT_WARN_NS 10000000000ull     /* a wait this long is said in the log, */
@@ -40,6 +43,9 @@ enum { WORKER_PROVIDERS = 4 }; /* that are counted: worker_provider's names */
 
 struct worker_counters {
 	_Atomic uint64_t fetch_units, fetch_bytes, fetch_wait_ns;
+	_Atomic uint64_t network_bytes, neighbour_bytes;        /* read over a network; copied from a neighbour */
+	_Atomic uint64_t claimed, waited, seized, seized_bytes; /* portions; bytes over the network */
+	_Atomic uint64_t neighbours;                            /* now */
 	_Atomic uint64_t offers, push_bytes, push_wait_ns;
 	_Atomic uint64_t spans, recalled;
 	_Atomic uint64_t chosen[WORKER_PROVIDERS], refused; /* providers of the fabric, by shard service */
@@ -167,14 +173,39 @@ struct attach {
 
 /* ---------------------------------------------------------------- copying */
 
+enum copy_state {
+	COPY_WANTED,    /* nothing of it was read; a neighbour may have it, or be reading it */
+	COPY_READING,   /* from its owners */
+	COPY_NEIGHBOUR, /* from a neighbour's window, as `mark` says */
+	COPY_THERE,
+};
+/* A piece of a unit that one worker of a host reads. The whole unit where nothing is shared. */
+struct copy_portion {
+	enum copy_state state;
+	bool posted, seized;
+	uint32_t owner;    /* how many owners were posted whole */
+	uint32_t segment;  /* of the present one's share */
+	uint64_t byte;     /* of the segment */
+	uint32_t reads;    /* in flight */
+	uint64_t since_ns; /* read: since when; wanted: since when a neighbour's read is waited for, or 0 */
+	struct board_mark mark;
+	uint64_t copied; /* bytes */
+};
 struct copy_unit {
 	bool active;
-	uint64_t offset;  /* elements, in the window */
-	uint32_t owner;   /* how many owners were posted whole */
-	uint32_t segment; /* of the present one's share */
-	uint64_t byte;    /* of the segment */
-	uint32_t reads;   /* in flight */
+	uint64_t offset; /* elements, in the window */
+	uint32_t left;   /* portions that are not there */
+	uint32_t reads;  /* in flight */
 	int status;
+	struct copy_portion portion[BOARD_PORTIONS];
+};
+
+/* How a unit is cut, and who owns what of it. */
+struct copy_cut {
+	uint64_t elements; /* of a portion */
+	uint32_t n;
+	uint64_t owners[BOARD_PORTIONS]; /* bit k: of attach_owners */
+	bool network[BOARD_PORTIONS];    /* some of them are reached over a network */
 };
 
 struct copier {
@@ -183,10 +214,40 @@ struct copier {
 	float *window;
 	uint8_t *words;
 	struct copy_unit *unit;
+	struct copy_cut *cut;
 	uint32_t *queue; /* units being read, oldest first */
 	uint32_t n_queue, reads;
+	uint32_t unposted;   /* portions being read that are not posted whole */
+	uint64_t slowest_ns; /* of the portions read so far: what a neighbour's may take */
+	uint64_t copy_left;  /* bytes to copy before others have their turn */
+	uint64_t again_ns;   /* when to look again, though no event says so; 0: never */
 	struct event *retry;
 	_Atomic uint32_t waits_for; /* member id of the owner the oldest read waits for; 0: none */
+};
+
+/* -------------------------------------------------------------- neighbours */
+
+/* A worker of this host. */
+struct neighbour {
+	uint32_t member;
+	bool ready;     /* it asked for an address (the one with the higher id does) */
+	bool addressed; /* it has one */
+	bool attached;  /* it looks at our board: we may copy from its window */
+	struct fab_ep *ep;
+	bool up, have_blob[2];
+	struct fab_blob blob[2]; /* of its board, of its window */
+	struct fab_remote *remote[2];
+	const struct board *board; /* mapped; among boards.theirs */
+	const uint8_t *window;
+};
+
+struct neighbours {
+	bool on, greeted;
+	struct fabric *fabric; /* local */
+	struct fab_region *board;
+	struct boards boards;
+	uint32_t n;
+	struct neighbour one[BOARD_NEIGHBOURS];
 };
 
 /* ---------------------------------------------------------------- pushing */
@@ -272,6 +333,7 @@ struct worker {
 
 	struct attach attach;
 	struct copier copier;
+	struct neighbours neighbours;
 	struct push push;
 	struct compute compute;
 	struct event *compute_event;
@@ -361,6 +423,33 @@ void copy_cancel(struct worker *w);
 /* Takes up what the state machine wants, and posts what may be posted. */
 void copy_run(struct worker *w);
 void copy_event(struct worker *w, const struct fab_event *ev);
+/* The neighbour goes: what is being copied from it is to be had elsewhere. */
+void copy_forget(struct worker *w, const struct board *from);
+
+/* ---------------------------------------------------------- neighbours.c */
+
+/* All shard services are connected: are reads to be shared, and can they be? Before any memory is taken. */
+void neighbours_open(struct worker *w);
+void neighbours_release(struct worker *w);
+/* All memory is there: asks the neighbours for a connection. */
+void neighbours_greet(struct worker *w);
+/* A new view of the members. */
+void neighbours_members(struct worker *w, const struct member_table *t);
+void neighbours_relay(struct worker *w, const struct msg_relay *m);
+/* CONNECTED, ACCEPTED, DOWN with NEIGHBOUR_USER set. */
+#define NEIGHBOUR_USER ((uint64_t)1 << 32)
+void neighbours_event(struct worker *w, const struct fab_event *ev);
+/* Takes in what arrived since the last poll. */
+void neighbours_run(struct worker *w);
+/* Not to be shared after all: why, for the log. */
+void neighbours_off(struct worker *w, const char *why);
+/* The one whose board it is. */
+struct neighbour *neighbours_of(struct worker *w, const struct board *b);
+/* Its bytes cross a network, or are to be treated as if they did. */
+static inline bool peer_is_far(const struct peer *p)
+{
+	return strcmp(p->fabric->ops->name, "local") != 0;
+}
 
 /* ---------------------------------------------------------------- push.c */
 
