@@ -40,7 +40,8 @@ enum sum_state {
 	SUM_NONE,    /* not computed yet */
 	SUM_WAITS,   /* for the right sibling's */
 	SUM_OFFERED, /* to the left sibling's worker: it may be taken from `buffer` */
-	SUM_ALONE,   /* not to be waited for, not to be taken */
+	SUM_LEAVES,  /* it may not be taken any more; if it was, it still lies there */
+	SUM_ALONE,   /* not to be waited for, and the buffer is used for something else */
 };
 /* What it says of others' that it takes: lease << 4 | enum take_state. */
 enum take_state {

@@ -52,8 +52,8 @@ enum subtree_state {
 struct subtree_item {
 	enum subtree_state state;
 	uint32_t buffer, level, n_takes;
-	uint32_t with; /* the neighbour it has to do with */
-	uint64_t seen; /* ADDS: what its board said when we began */
+	uint32_t with, with_parity; /* the neighbour it has to do with; ADDS: its span, and */
+	uint64_t seen;              /* what it said of its sum when we began */
 };
 
 struct subtree {
@@ -62,10 +62,11 @@ struct subtree {
 	uint64_t lease, step;
 	struct tree_node node; /* the span's */
 	uint32_t n_micro, parity;
-	bool active, cancelled, lost, lost_told;
-	uint32_t n_live;                     /* items that are neither NONE nor OVER */
-	bool stalled, impatient;             /* computing stands still; it has stood still for long enough */
-	uint64_t stalled_since_ns, spent_ns; /* in this span */
+	bool active, cancelled, lost;
+	uint32_t n_live;         /* items that are neither NONE nor OVER */
+	bool stalled, impatient; /* computing stands still; it has stood still for long enough */
+	bool clock_runs;
+	uint64_t clock_ns, spent_ns; /* of this span, for neighbours */
 	uint64_t added, given,
 		alone; /* contributions: taken from, taken by neighbours; left although there was a sibling */
 	uint32_t n_out, first_out, max_out;
