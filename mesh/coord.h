@@ -56,6 +56,7 @@ struct coord {
 
 	struct seat *seats, **spare; /* MEMBERS_MAX; those that nobody sits on */
 	struct seat **here;          /* by id */
+	struct seat **by_host;       /* the same, by host, then id */
 	uint32_t n_here, n_spare, last_id;
 	uint32_t n_role[ROLE_OBSERVER], n_ready[ROLE_OBSERVER];
 	struct seat *idle_first, *idle_last;

@@ -74,9 +74,21 @@ static uint32_t host_index(const struct coord *c, enum member_role role, uint64_
 	return at;
 }
 
+static uint32_t host_place(const struct coord *c, const struct seat *s)
+{
+	uint32_t at = 0;
+
+	while (at < c->n_here &&
+	       (c->by_host[at]->pub.host_id < s->pub.host_id ||
+		(c->by_host[at]->pub.host_id == s->pub.host_id && c->by_host[at]->pub.id < s->pub.id)))
+		at++;
+	return at;
+}
+
 static void sit_down(struct coord *c, enum member_role role, const struct msg_registration *m)
 {
 	struct seat *s = c->spare[c->n_spare - 1];
+	uint32_t at;
 
 	memset(s, 0, sizeof(*s));
 	s->pub.id = ++c->last_id;
@@ -88,6 +100,9 @@ static void sit_down(struct coord *c, enum member_role role, const struct msg_re
 	memcpy(s->pub.listen, m->listen, sizeof(s->pub.listen));
 	s->host_index = host_index(c, role, m->host_id);
 	c->n_spare--;
+	at = host_place(c, s);
+	memmove(c->by_host + at + 1, c->by_host + at, (c->n_here - at) * sizeof(struct seat *));
+	c->by_host[at] = s;
 	c->here[c->n_here++] = s;
 	c->n_role[role]++;
 	c->epoch++;
@@ -162,6 +177,8 @@ static void stand_up(struct coord *c, struct seat *s)
 	uint32_t at = place_of(c, s->pub.id);
 
 	memmove(c->here + at, c->here + at + 1, (c->n_here - at - 1) * sizeof(struct seat *));
+	at = host_place(c, s);
+	memmove(c->by_host + at, c->by_host + at + 1, (c->n_here - at - 1) * sizeof(struct seat *));
 	c->n_here--;
 	c->spare[c->n_spare++] = s;
 	c->n_role[s->pub.role]--;

@@ -141,6 +141,19 @@ static bool is_evaluated(const struct coord *c, uint64_t version)
 	return version && c->cfg.eval_interval && version % c->cfg.eval_interval == 0;
 }
 
+/* Neighbours in the tree to neighbours on a host, who add their sums before they leave it. */
+static void deal(struct coord *c)
+{
+	for (uint32_t i = 0; i < c->n_here; i++) {
+		struct seat *s = c->by_host[i];
+
+		if (!s->pub.ready || s->pub.role != ROLE_WORKER)
+			continue;
+		coord_idle_remove(c, s);
+		grant_lease(c, s);
+	}
+}
+
 /* Opens step t if there is one; everybody who is ready hears it, with the commit of the step before. */
 static void open_step(struct coord *c, uint64_t t)
 {
@@ -163,18 +176,13 @@ static void open_step(struct coord *c, uint64_t t)
 		c->step_msg.open_step = t;
 		c->step_msg.n_micro = n_micro;
 		c->step_msg.n_eval = n_eval;
+		deal(c);
 	}
 	for (uint32_t i = 0; i < c->n_here; i++) {
 		struct seat *s = c->here[i];
 
 		s->voted = false;
-		if (!s->pub.ready)
-			continue;
-		if (open && s->pub.role == ROLE_WORKER) {
-			coord_idle_remove(c, s);
-			grant_lease(c, s);
-		}
-		if (open || c->step_msg.has_commit)
+		if (s->pub.ready && (open || c->step_msg.has_commit))
 			coord_out(c, OUT_STEP, s->pub.id);
 	}
 }

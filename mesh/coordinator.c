@@ -24,9 +24,10 @@ static int allocate(struct coord *c)
 	c->seats = calloc(MEMBERS_MAX, sizeof(*c->seats));
 	c->spare = calloc(MEMBERS_MAX, sizeof(struct seat *));
 	c->here = calloc(MEMBERS_MAX, sizeof(struct seat *));
+	c->by_host = calloc(MEMBERS_MAX, sizeof(struct seat *));
 	c->outs = calloc(COORD_OUTS, sizeof(*c->outs));
 	c->texts = calloc(COORD_TEXTS, sizeof(*c->texts));
-	if (!c->seats || !c->spare || !c->here || !c->outs || !c->texts)
+	if (!c->seats || !c->spare || !c->here || !c->by_host || !c->outs || !c->texts)
 		return -ENOMEM;
 	for (uint32_t i = 0; i < MEMBERS_MAX; i++)
 		c->spare[c->n_spare++] = &c->seats[MEMBERS_MAX - 1 - i];
@@ -61,6 +62,7 @@ release_leases:
 free_arrays:
 	free(c->texts);
 	free(c->outs);
+	free(c->by_host);
 	free(c->here);
 	free(c->spare);
 	free(c->seats);
@@ -77,6 +79,7 @@ void coord_free(struct coord *c)
 	lease_table_release(&c->leases);
 	free(c->texts);
 	free(c->outs);
+	free(c->by_host);
 	free(c->here);
 	free(c->spare);
 	free(c->seats);
@@ -178,8 +181,8 @@ static void on_span_done(struct coord *c, struct seat *s, const union wire_msg *
 		stale(c);
 		return;
 	}
-	if (m->kind != l->kind || m->first != l->node.first || m->level != l->node.level ||
-	    (m->recalled && !l->recalled)) {
+	/* It may be given back without a recall: its worker lost a neighbour that had part of it. */
+	if (m->kind != l->kind || m->first != l->node.first || m->level != l->node.level) {
 		coord_evict(c, s, EXIT_JOB_FAILED, "it answered a lease with another span");
 		return;
 	}

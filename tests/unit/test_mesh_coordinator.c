@@ -463,15 +463,58 @@ static void test_broken_members(void **state)
 	l.node.first ^= 1;
 	span_done_as(b, b->worker[1], &l, 1, 1, false);
 	expect_evicted(b, b->worker[1], "another span");
-	/* Nobody recalled it. */
-	l = member_of(b, b->worker[2])->lease;
-	span_done_as(b, b->worker[2], &l, 1, 0, true);
-	expect_evicted(b, b->worker[2], "another span");
 	say(b, b->shard[0], WIRE_APPLIED, &m);
 	assert_int_equal(phase(b), PHASE_RUN);
 	vote(b, b->shard[0], 1);
 	vote(b, b->shard[0], 2);
 	expect_failed(b, EXIT_JOB_FAILED, "shard service 1 (pid 40 on h) was lost: it voted twice with different sums");
+	bench_free(b);
+}
+
+/* Nobody recalled it: it is open again, for whoever is free. */
+static void test_given_back(void **state)
+{
+	struct bench *b = bench_new(1, 2, 4);
+	struct lease l;
+
+	(void)state;
+	start(b);
+	l = member_of(b, b->worker[1])->lease;
+	span_done_as(b, b->worker[1], &l, 1, 0, true);
+	assert_int_equal(member_of(b, b->worker[1])->lease.node.first, l.node.first);
+	assert_int_not_equal(member_of(b, b->worker[1])->lease.id, l.id);
+	assert_non_null(sent(b, b->worker[1], WIRE_LEASE));
+	bench_free(b);
+}
+
+static void enlist_on(struct bench *b, uint64_t host_id)
+{
+	struct msg_registration m = { .pid = 60 + b->n_workers, .host_id = host_id, .host = "h" };
+
+	assert_int_equal(coord_register(b->c, ROLE_WORKER, &m, b->now, &b->worker[b->n_workers++], NULL), 0);
+	drain(b);
+}
+
+/* Workers of one host get spans that lie side by side, however they came. */
+static void test_dealt_by_host(void **state)
+{
+	struct bench *b = bench_new(1, 5, 5);
+
+	(void)state;
+	begin(b);
+	shard(b);
+	for (uint32_t i = 0; i < 4; i++)
+		enlist_on(b, i % 2 ? 3 : 9);
+	enlist_on(b, 3);
+	ready(b, b->shard[0], 8);
+	for (uint32_t i = 0; i < 5; i++)
+		ready(b, b->worker[i], 8);
+	assert_int_equal(phase(b), PHASE_RUN);
+	assert_int_equal(member_of(b, b->worker[1])->lease.node.first, 0);
+	assert_int_equal(member_of(b, b->worker[3])->lease.node.first, 1);
+	assert_int_equal(member_of(b, b->worker[4])->lease.node.first, 2);
+	assert_int_equal(member_of(b, b->worker[0])->lease.node.first, 3);
+	assert_int_equal(member_of(b, b->worker[2])->lease.node.first, 4);
 	bench_free(b);
 }
 
@@ -559,6 +602,8 @@ int main(void)
 		cmocka_unit_test(test_not_finite_is_named),
 		cmocka_unit_test(test_late_and_repeated),
 		cmocka_unit_test(test_broken_members),
+		cmocka_unit_test(test_given_back),
+		cmocka_unit_test(test_dealt_by_host),
 		cmocka_unit_test(test_relay),
 		cmocka_unit_test(test_broken_shards),
 	};
