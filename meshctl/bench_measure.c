@@ -9,6 +9,7 @@
 #include "meshctl/bench.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@
 #define BUCKETS ((64 - SUB_BITS + 1) << SUB_BITS)
 #define STALL_NS 60000000000ull
 #define TURN_EVERY 4096 /* empty polls between two looks at the control connections */
+#define SLEEP_AFTER 1000 /* empty polls, then as a member does: on the descriptor */
 #define SLICE (512u << 10)
 #define READS_MAX 64 /* in flight, as a worker keeps them */
 #define RUNS_MAX 64  /* a unit is cut into */
@@ -148,6 +150,11 @@ static int one_poll(struct run *r, uint32_t *empty, uint64_t *now)
 	for (uint32_t i = 0; i < n && !rc; i++)
 		rc = take(r, &ev[i], *now);
 	*empty = n ? 0 : *empty + 1;
+	if (*empty >= SLEEP_AFTER && r->j->ops->arm(r->j->fab)) {
+		struct pollfd fd = { .fd = r->j->ops->fd(r->j->fab), .events = POLLIN };
+
+		(void)poll(&fd, 1, 1);
+	}
 	if (!rc && *empty % TURN_EVERY == TURN_EVERY - 1) {
 		bench_join_turn(r->j);
 		rc = r->j->lost[0] ? -ECONNRESET : 0;
