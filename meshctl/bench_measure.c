@@ -18,7 +18,7 @@
 #define SUB_BITS 5
 #define BUCKETS ((64 - SUB_BITS + 1) << SUB_BITS)
 #define STALL_NS 60000000000ull
-#define TURN_EVERY 4096 /* empty polls between two looks at the control connections */
+#define TURN_EVERY 4096  /* empty polls between two looks at the control connections */
 #define SLEEP_AFTER 1000 /* empty polls, then as a member does: on the descriptor */
 #define SLICE (512u << 10)
 #define READS_MAX 64 /* in flight, as a worker keeps them */
