@@ -23,7 +23,7 @@
 #include <unistd.h>
 
 #define EVENTS_AT_ONCE 16
-#define QUIET_POLLS 16
+#define POLLS_A_LOOK 16
 
 int vb_random(void *out, size_t bytes)
 {
@@ -243,9 +243,9 @@ static void verbs_close(struct fab *f)
 /* ------------------------------------------------------------------------ poll */
 
 /* One turn for each rail that is hot now. Handling one may take any of them off the list. */
-static uint32_t poll_hot(struct fab *f)
+static void poll_hot(struct fab *f)
 {
-	uint32_t turns = 0, handled = 0;
+	uint32_t turns = 0;
 	struct vb_rail *r;
 
 	TAILQ_FOREACH(r, &f->hot, hot_link)
@@ -253,9 +253,8 @@ static uint32_t poll_hot(struct fab *f)
 	while (turns-- > 0 && (r = TAILQ_FIRST(&f->hot))) {
 		TAILQ_REMOVE(&f->hot, r, hot_link);
 		TAILQ_INSERT_TAIL(&f->hot, r, hot_link);
-		handled += vb_rail_poll(r);
+		(void)vb_rail_poll(r);
 	}
-	return handled;
 }
 
 static void kernel_events(struct fab *f)
@@ -312,8 +311,10 @@ static uint32_t verbs_poll(struct fab *f, struct fab_event *out, uint32_t max)
 	struct vb_sink s = { .out = out, .max = max };
 
 	signals_free(&f->told);
-	if (poll_hot(f) == 0 && (TAILQ_EMPTY(&f->hot) || ++f->quiet_polls >= QUIET_POLLS)) {
-		f->quiet_polls = 0;
+	poll_hot(f);
+	/* However much completes: who asks to connect, and time, wait there. */
+	if (TAILQ_EMPTY(&f->hot) || ++f->polls >= POLLS_A_LOOK) {
+		f->polls = 0;
 		kernel_events(f);
 		poll_hot(f);
 	}

@@ -314,7 +314,7 @@ struct fab {
 	uint32_t member;
 	int epoll_fd, timer_fd;
 	uint64_t timer_ns; /* its interval; 0: off */
-	uint32_t quiet_polls;
+	uint32_t polls;    /* since the kernel was asked for what it has */
 	uint32_t n_devs, n_ports;
 	struct vb_dev dev[VB_PORTS_MAX];
 	struct vb_port port[VB_PORTS_MAX];
