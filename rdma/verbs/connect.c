@@ -138,8 +138,11 @@ static int to_accepting(struct fab *f, uint64_t user, const struct vb_msg *m)
 	else
 		ep = find_ep(f, &m->hello, false);
 	if (!ep) {
-		if (m->word == VB_OFFER)
-			vb_say_gone(f, user, &m->hello, false);
+		if (m->word != VB_OFFER)
+			return 0;
+		vb_count(&f->counters.refused, 1);
+		log_warn(f->log, "verbs: an offer was refused: its secret is unknown or used");
+		vb_say_gone(f, user, &m->hello, false);
 		return 0;
 	}
 	r = &ep->rail[m->hello.rail];
