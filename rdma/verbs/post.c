@@ -8,8 +8,10 @@
  *
  * A slice is at most VB_SLICE bytes and lies in one key of either side. Slices
  * go to the queue pair with the least in flight, of all rails that are up and of
- * ports whose budget has room, in chains whose last work request alone is
- * signalled: since a queue pair completes in order, it speaks for all before it.
+ * ports whose budget has room, in chains whose last work request is signalled:
+ * since a queue pair completes in order, it speaks for all before it. Of large
+ * slices every one is: a few of them are all that is in flight, and would come
+ * back together, with nothing for the NIC to do until the next are posted.
  * A write keeps to one queue pair, so that its last slice, which carries the
  * notice, is behind the others.
  *
@@ -24,6 +26,8 @@
 #include "rdma/verbs/verbs.h"
 
 #include <errno.h>
+
+#define UNHEARD_BYTES (64u << 10) /* of a chain; then one in the middle is signalled too */
 
 /* ------------------------------------------------------------------- posting */
 
@@ -175,12 +179,17 @@ static void fill_wr(struct vb_qp *q, const struct vb_op *o, uint32_t bytes)
 static void chain_post(struct vb_qp *q)
 {
 	struct ibv_send_wr *bad = NULL;
-	uint32_t n = q->chain_n;
+	uint32_t n = q->chain_n, unheard = 0;
 	int ret;
 
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n; i++) {
 		q->wr[i].next = i + 1 < n ? &q->wr[i + 1] : NULL;
-	q->wr[n - 1].send_flags |= IBV_SEND_SIGNALED;
+		unheard += q->sge[i].length;
+		if (i + 1 < n && unheard < UNHEARD_BYTES)
+			continue;
+		q->wr[i].send_flags |= IBV_SEND_SIGNALED;
+		unheard = 0;
+	}
 	q->chain_n = 0;
 	errno = 0;
 	ret = ibv_post_send(q->qp, q->wr, &bad);
