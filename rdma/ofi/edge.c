@@ -29,12 +29,12 @@ int edge_errno(int64_t ret)
 
 int edge_getinfo(const char *node, uint64_t flags, const struct fi_info *hints, struct fi_info **out)
 {
-	return edge_errno(fi_getinfo(FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION), node, NULL, flags, hints, out));
+	return edge_errno(load_getinfo(FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION), node, flags, hints, out));
 }
 
 int edge_fabric(struct fi_info *info, struct fid_fabric **out)
 {
-	return edge_errno(fi_fabric(info->fabric_attr, out, NULL));
+	return edge_errno(load_fabric(info->fabric_attr, out));
 }
 
 int edge_domain(struct fid_fabric *fabric, struct fi_info *info, struct fid_domain **out)

@@ -24,7 +24,7 @@ static int ofi_probe(const struct fab_options *o, char reason[160])
 	int ret = ofi_find(o, &info, reason);
 
 	if (!ret)
-		fi_freeinfo(info);
+		load_freeinfo(info);
 	return ret;
 }
 
@@ -93,7 +93,7 @@ static int ofi_open(const struct fab_config *cfg, struct fab **out, struct err *
 	configure(f, cfg->options);
 	ret = domain_open(f);
 	if (ret) {
-		fi_freeinfo(f->info);
+		load_freeinfo(f->info);
 		free(f);
 		return err_set(e, ret, "fabric ofi: cannot open what was found (%s): %s", reason, strerror(-ret));
 	}
@@ -112,7 +112,7 @@ static void ofi_close(struct fab *f)
 		ofi_region_close(TAILQ_FIRST(&f->regions));
 	ofi_engine_stop(f);
 	domain_close(f);
-	fi_freeinfo(f->info);
+	load_freeinfo(f->info);
 	free(f);
 }
 

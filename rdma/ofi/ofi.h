@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the files of the provider `ofi` share. edge.c: each call of libfabric;
- * link.c: an endpoint of libfabric from opening to close; engine.c: the one
+ * What the files of the provider `ofi` share. load.c: libfabric when it is
+ * there; edge.c: each call of it; link.c: an endpoint of libfabric from opening to close; engine.c: the one
  * thread that uses them; conn.c: what a connection says by signals; op.c:
  * reads, writes, notices; ask.c: reads as two writes; region.c: memory and its
  * keys; instance.c: the ops.
@@ -36,6 +36,18 @@
 #define OFI_DOWN_NS 30000000000ull
 
 _Static_assert(OFI_OPS >= FAB_BATCH_MAX, "a batch fits");
+
+/* ------------------------------------------------------------------ load.c */
+
+/* 0, or -ELIBACC and how to get it. */
+int load_check(char reason[160]);
+/* What libfabric calls them; -ELIBACC, NULL or 0 without it. */
+int load_getinfo(uint32_t version, const char *node, uint64_t flags, const struct fi_info *hints, struct fi_info **out);
+struct fi_info *load_allocinfo(void);
+void load_freeinfo(struct fi_info *info);
+int load_fabric(struct fi_fabric_attr *attr, struct fid_fabric **out);
+uint32_t load_version(void);
+const char *load_strerror(int number);
 
 /* ------------------------------------------------------------------ edge.c */
 
@@ -116,6 +128,7 @@ struct ofi_link {
 	struct fid_av *av;
 	struct fid_mr *mailbox_mr;
 	int wait_fd; /* -1: none */
+	bool enabled;
 	fi_addr_t far;
 };
 
