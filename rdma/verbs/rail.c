@@ -11,9 +11,9 @@
  * The connecting side alone starts; every start is a new generation with new
  * queue pairs, and whatever is said of an older one is ignored. The first retry
  * comes at once, since most breaks are over when they are noticed, the next ones
- * after 1, 2, 4, 8 s. The accepting side that breaks first says so (BROKEN), and
- * makes way for a newer generation whatever it has, since an offer means that
- * the other side has given the old one up.
+ * after 1/8, 1/4, 1/2, 1 s. The accepting side that breaks first says so
+ * (BROKEN), and makes way for a newer generation whatever it has, since an offer
+ * means that the other side has given the old one up.
  *
  * Operations that were on their way go back to the endpoint when the queue
  * pairs are drained, not before: until then the NIC may still write into their
@@ -122,12 +122,45 @@ void vb_rail_up(struct vb_rail *r)
 	vb_ep_rails_changed(r->ep);
 }
 
+/*
+ * A queue pair of ours that only serves goes to error without a word on some
+ * devices, when the peer has tried what it may not.
+ */
+static bool in_error(const struct vb_rail *r)
+{
+	struct ibv_qp_init_attr init;
+	struct ibv_qp_attr a = { 0 };
+
+	for (uint32_t i = 0; i < r->n_qps; i++) {
+		if (r->qp[i].tail != r->qp[i].head || ibv_query_qp(r->qp[i].qp, &a, IBV_QP_STATE, &init))
+			continue;
+		if (a.qp_state == IBV_QPS_ERR || a.qp_state == IBV_QPS_SQE)
+			return true;
+	}
+	return false;
+}
+
+static void count_refused(const struct vb_rail *r)
+{
+	vb_count(&r->ep->fab->counters.refused, 1);
+	log_warn(r->ep->fab->log, "verbs: member %u tried what it has no right to", r->ep->peer);
+}
+
+/* Before queue pairs that serve are taken down: who tries something and then goes is not forgotten. */
+static void last_look(const struct vb_rail *r)
+{
+	if (!r->ep->active && r->state == VB_UP && in_error(r))
+		count_refused(r);
+}
+
 void vb_rail_break(struct vb_rail *r, int status, const char *why)
 {
 	struct fab *f = r->ep->fab;
 
 	if (r->state == VB_IDLE || r->state == VB_DRAINING)
 		return;
+	if (status != -EACCES)
+		last_look(r);
 	/* A peer that goes is nothing unusual; whoever posted something hears of it. */
 	vb_count(&f->counters.errors, status != -ECONNRESET);
 	log_write(f->log, status == -ECONNRESET ? LOG_INFO : LOG_WARN, LOG_WHERE,
@@ -152,13 +185,13 @@ void vb_rail_refuse(struct vb_rail *r, const char *why)
 {
 	if (r->state != VB_UP && r->state != VB_ACCEPTED)
 		return;
-	vb_count(&r->ep->fab->counters.refused, 1);
-	log_warn(r->ep->fab->log, "verbs: member %u tried what it has no right to", r->ep->peer);
+	count_refused(r);
 	vb_rail_break(r, -EACCES, why);
 }
 
 void vb_rail_stop(struct vb_rail *r)
 {
+	last_look(r);
 	if (r->state != VB_IDLE && r->state != VB_DRAINING)
 		vb_rail_to_error(r);
 	r->state = VB_DRAINING;
@@ -207,24 +240,11 @@ static bool overdue(const struct vb_rail *r, uint64_t now)
 	return false;
 }
 
-/*
- * A queue pair of ours that only serves goes to error without a word on some
- * devices, when the peer has tried what it may not.
- */
 static void look(struct vb_rail *r, uint64_t now)
 {
-	struct ibv_qp_init_attr init;
-	struct ibv_qp_attr a = { 0 };
-
 	r->looked_ns = now;
-	for (uint32_t i = 0; i < r->n_qps; i++) {
-		if (r->qp[i].tail != r->qp[i].head || ibv_query_qp(r->qp[i].qp, &a, IBV_QP_STATE, &init))
-			continue;
-		if (a.qp_state != IBV_QPS_ERR && a.qp_state != IBV_QPS_SQE)
-			continue;
+	if (in_error(r))
 		vb_rail_refuse(r, "queue pair in error");
-		return;
-	}
 }
 
 static void tick_up(struct vb_rail *r, uint64_t now)

@@ -47,8 +47,8 @@
 #define VB_DRAIN_NS (1 * VB_S)      /* then the queue pair is destroyed as it is */
 #define VB_RECEIVES_NS (30 * VB_MS) /* soft-RoCE does not flush receives */
 #define VB_RETRY_FIRST_NS (20 * VB_MS)
-#define VB_RETRY_NS (1 * VB_S)
-#define VB_RETRY_MAX_NS (8 * VB_S)
+#define VB_RETRY_NS (125 * VB_MS)
+#define VB_RETRY_MAX_NS (1 * VB_S)
 #define VB_STEADY_NS (2 * VB_S) /* up for so long: the next break is a new story */
 #define VB_LOOK_NS (1 * VB_S)   /* how often a rail of which we only serve is asked for its state */
 
