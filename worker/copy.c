@@ -476,6 +476,8 @@ static bool copy_portion(struct worker *w, uint32_t unit, uint32_t s)
 	end_copy(w, at);
 	if (whole)
 		count(&w->counters.neighbour_bytes, all);
+	else
+		look_again(w, 0);
 	return whole;
 }
 
@@ -490,6 +492,8 @@ void copy_forget(struct worker *w, const struct board *from)
 			if (u->portion[s].state == COPY_NEIGHBOUR && u->portion[s].mark.from == from)
 				end_copy(w, &u->portion[s]);
 	}
+	if (c->n_queue > 0)
+		event_active(c->retry, EV_TIMEOUT, 0);
 }
 
 /* ------------------------------------------------------------------- units */
