@@ -54,7 +54,7 @@ static bool local_gid(const struct fab_options *o, uint8_t out[16])
 }
 
 /* How good an entry of the table is; 0: of no use. */
-static unsigned gid_score(const struct fab_options *o, const struct ibv_gid_entry *g)
+static unsigned gid_score(const struct fab_options *o, const struct vb_port *p, const struct ibv_gid_entry *g)
 {
 	char netdev[IF_NAMESIZE];
 	uint8_t ours[16];
@@ -64,11 +64,14 @@ static unsigned gid_score(const struct fab_options *o, const struct ibv_gid_entr
 	if (is_link_local(g->gid.raw) || (g->ndev_ifindex && !if_indextoname(g->ndev_ifindex, netdev)))
 		return 0;
 	if (g->gid_type == IBV_GID_TYPE_ROCE_V2)
+		score += 16;
+	if (known && !memcmp(ours, g->gid.raw, sizeof(ours)))
 		score += 8;
 	if (known ? is_v4(ours) == is_v4(g->gid.raw) : is_v4(g->gid.raw))
-		score += 2;
-	if (known && !memcmp(ours, g->gid.raw, sizeof(ours)))
 		score += 4;
+	/* Where it was reached at first, should the port have got other addresses meanwhile. */
+	if (!memcmp(p->home, g->gid.raw, sizeof(p->home)))
+		score += 2;
 	return score;
 }
 
@@ -80,7 +83,7 @@ static int gid_choose(const struct fab_options *o, struct vb_port *p, const stru
 	unsigned best_score = 0;
 
 	for (ssize_t i = 0; i < n; i++) {
-		unsigned score = gid_score(o, &all[i]);
+		unsigned score = gid_score(o, p, &all[i]);
 
 		if (all[i].port_num != p->num)
 			continue;
@@ -105,6 +108,9 @@ static int gid_choose(const struct fab_options *o, struct vb_port *p, const stru
 	p->gid_index = best->gid_index;
 	p->roce2 = best->gid_type == IBV_GID_TYPE_ROCE_V2;
 	memcpy(p->desc.gid, best->gid.raw, sizeof(p->desc.gid));
+	if (!p->has_home)
+		memcpy(p->home, p->desc.gid, sizeof(p->home));
+	p->has_home = true;
 	return 0;
 }
 

@@ -155,7 +155,8 @@ struct vb_port {
 	struct ibv_port_attr attr;
 	struct vb_port_desc desc;
 	uint32_t gid_index;
-	bool roce2;
+	bool roce2, has_home;
+	uint8_t home[16]; /* the GID that it was opened with */
 	char ip[INET6_ADDRSTRLEN];
 	char name[72]; /* "rxe0/1" */
 	uint64_t in_flight;
