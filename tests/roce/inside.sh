@@ -84,6 +84,14 @@ link_down() {
 	ip link set data up
 }
 
+# The data network's address goes, and when it comes back another has taken its place among the GIDs, for good.
+move_gid() {
+	ip addr del "$(data_address)/24" dev data
+	ip addr add "10.99.0.$GUEST/24" dev data
+	sleep 1
+	ip addr add "$(data_address)/24" dev data
+}
+
 # perftest's programs ("ib_read_bw -s 65536 -n 100"). The serving side, for one client.
 perftest_serve() { # program, arguments
 	"$@" -d rxe0 >/dev/null 2>&1

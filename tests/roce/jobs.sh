@@ -2,11 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # jobs.sh [STAGES...]: in two guests, the same small job over and over; each leaves /guest/jobs/NAME with its
-# steps.jsonl for run.sh to compare. Stages, all by default, in this order:
-#   alone       in guest 1, over local, verbs and ofi: 2 shard services and 2 workers
-#   pair        a shard service and a worker in each guest, verbs between all and verbs between the guests alone (auto)
-#   link-down   likewise, and the data network is gone for 2 seconds in the middle
-#   delay, loss likewise, every packet 1 ms late in both guests, or one in a hundred lost
+# steps.jsonl for run.sh to compare. Stages, in the order in which they are named; by default those with a star:
+#   alone *     in guest 1, over local, verbs and ofi: 2 shard services and 2 workers. In guest 2 meanwhile
+#               roce_attack, roce_cycles
+#   pair *      a shard service and a worker in each guest: local on a host, verbs between the two (auto)
+#   verbs       likewise, and verbs between all
+#   cm, control likewise, connected by librdmacm, or over the control connections
+#   link-down * likewise, by librdmacm, and the data network of guest 1 is gone for 2 seconds in the middle
+#   gid *       likewise, over the control connections, and its address goes and comes back at another GID index
+#   delay *, loss *  likewise, every packet 1 ms late in both guests, or one in a hundred lost
+#   cycles      in guest 1 the latter alone: 10,000 connections and 1,000 errors, half of them by librdmacm
 # Members find the coordinator over the control network, whose cable stays in.
 set -euo pipefail
 # shellcheck source=tests/roce/inside.sh
@@ -37,12 +42,28 @@ steps() { # run directory
 # The logs too, for a look.
 leave() { # name, run directory
 	mkdir -p "/guest/jobs/$1"
-	cp -r "$2/steps.jsonl" "$2/log" "/guest/jobs/$1/"
+	cp -r "$2/log" "/guest/jobs/$1/log.$GUEST"
+	if ((GUEST == 1)); then
+		cp "$2/steps.jsonl" "/guest/jobs/$1/"
+	fi
+}
+
+# What somebody can do from outside, and what is left behind; `before` and after, the kernel counts the same.
+outside() { # connections, errors
+	local before how
+	before=$(rdma_objects)
+	for how in cm control; do
+		"$SHARDMESH_BIN/roce_attack" "$how" >"/guest/attack-$how.out" ||
+			fail "attack by $how: $(tail -n 30 "/guest/attack-$how.out")"
+		tail -n 1 "/guest/attack-$how.out"
+		"$SHARDMESH_BIN/roce_cycles" "$how" "$1" "$2" || fail "cycles by $how"
+	done
+	[[ $(rdma_objects) == "$before" ]] || fail "left behind: $(rdma_objects), before: $before"
 }
 
 # One guest's members of a job, each with a log; guest 1 also has the coordinator. Fails when one of them does.
 members() { # fabric, run directory
-	local link=(--rdzv-endpoint "$(control_address 1):$port" --rdzv-id pair) pids=() pid rc=0
+	local link=(--rdzv-endpoint "$(control_address 1):$port" --rdzv-id pair --rdma-connect "$connect") pids=() pid rc=0
 	mkdir -p "$2/log"
 	if ((GUEST == 1)); then
 		"$SHARDMESH_BIN/meshctl" coordinator --config tests/roce/job.json --fabric "$1" --run-dir "$2" \
@@ -63,63 +84,75 @@ in_the_middle() { # run directory
 	(($(steps "$1") >= 3))
 }
 
-# In guest 1 beside the job: the link goes when three steps are done, and some must be missing when it is back.
-take_link() { # run directory
-	wait_for 200 in_the_middle "$1" || fail "the job never came to its third step"
-	link_down 2
-	(($(steps "$1") < 10)) || fail "the job was over before the link was back"
-	echo "the link was down for 2 s behind step 3"
+# In guest 1 beside the job: it happens when three steps are done, and some must be missing when it is over.
+trouble() { # what, run directory
+	wait_for 200 in_the_middle "$2" || fail "the job never came to its third step"
+	case $1 in
+	link-down) link_down 2 ;;
+	gid) move_gid ;;
+	esac
+	(($(steps "$2") < 10)) || fail "the job was over before $1 was"
+	echo "$1 behind step 3, over before step $(($(steps "$2") + 1))"
 }
 
-pair() { # name, fabric, "link-down" or netem's words
-	local run=/tmp/$1.run sent received trouble='' rc=0
+pair() { # name, fabric, "link-down", "gid" or netem's words
+	local run=/tmp/$1.run sent received beside='' rc=0
 	export SHARDMESH_TOKEN_FILE=/guest/token
 	if ((GUEST == 1)) && ! [[ -f /guest/token ]]; then
 		(umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >/guest/token)
 	fi
 	barrier "$1.begin"
 	sent=$(network_bytes data tx) received=$(network_bytes data rx)
-	if [[ ${3-} != link-down ]]; then
+	if [[ ${3-} != link-down && ${3-} != gid ]]; then
 		bad_network "${@:3}"
 	elif ((GUEST == 1)); then
-		take_link "$run" &
-		trouble=$!
+		trouble "$3" "$run" &
+		beside=$!
 	fi
 	members "$2" "$run" || rc=$?
-	((rc)) || [[ -z $trouble ]] || wait "$trouble" || rc=$?
+	((rc)) || [[ -z $beside ]] || wait "$beside" || rc=$?
 	bad_network
-	if ((GUEST == 1 && rc == 0)); then
-		leave "$1" "$run"
-	fi
 	((rc == 0)) || fail "$1 failed: $(tail -n 30 "$run"/log/*.out)"
+	leave "$1" "$run"
+	if [[ ${3-} == gid ]] && ((GUEST == 1)); then
+		grep -q 'its GID moved' "$run"/log/*.out || fail "$1: the GID stayed where it was"
+	fi
 	sent=$(($(network_bytes data tx) - sent)) received=$(($(network_bytes data rx) - received))
 	echo "$1: $sent bytes sent to the other host, $received received"
-	mkdir -p "/guest/jobs/$1"
 	echo "$sent $received" >"/guest/jobs/$1/bytes.$GUEST"
 	barrier "$1.end" 300
 }
 
 stages=("$@")
 if ((${#stages[@]} == 0)); then
-	stages=(alone pair link-down delay loss)
+	stages=(alone pair link-down gid delay loss)
 fi
 for stage in "${stages[@]}"; do
+	connect=auto
 	case $stage in
 	alone)
 		if ((GUEST == 1)); then
 			for fabric in local verbs ofi; do
 				alone "$fabric"
 			done
+		else
+			outside 100 120
 		fi
 		barrier alone 600
 		;;
-	pair)
-		pair pair-verbs verbs
-		pair pair-auto auto
-		;;
-	link-down) pair link-down verbs link-down ;;
+	pair) pair pair-auto auto ;;
+	verbs) pair pair-verbs verbs ;;
+	cm | control) connect=$stage pair "pair-$stage" verbs ;;
+	link-down) connect=cm pair link-down verbs link-down ;;
+	gid) connect=control pair gid verbs gid ;;
 	delay) pair delay verbs delay 1ms ;;
 	loss) pair loss verbs loss 1% ;;
+	cycles)
+		if ((GUEST == 1)); then
+			outside 5000 500
+		fi
+		barrier cycles 3000
+		;;
 	*) fail "no stage $stage" ;;
 	esac
 done
