@@ -433,6 +433,7 @@ static int set_defaults(struct job_config *c, const char *base_dir, struct err *
 		.shards = 1,
 		.workers = 1,
 		.host_sharing = true,
+		.host_wait_ms = 20,
 		.max_owners_per_unit = 16,
 		.max_held_nodes = 8,
 	};

@@ -389,6 +389,7 @@ const struct ds_key ds_keys[] = {
 	UINT("shardmesh.threads_per_shard", threads_per_shard, 0, 1024, DS_AUTO_DEFAULT),
 	READ("shardmesh.fabric", ds_read_fabric),
 	BOOL("shardmesh.host_sharing", host_sharing, DS_AUTO_DEFAULT),
+	UINT("shardmesh.host_wait_ms", host_wait_ms, 0, 60000, DS_AUTO_DEFAULT),
 	SECTION("shardmesh.rdma"),
 	READ("shardmesh.rdma.connect", ds_read_rdma),
 	READ("shardmesh.rdma.devices", ds_read_rdma),

@@ -169,8 +169,9 @@ struct job_config {
 	uint64_t eval_interval; /* steps between evaluations; 0: only after the last step */
 	uint32_t eval_batches;  /* micro-batches an evaluation; 0: none at all */
 	uint32_t shards, workers, threads_per_worker, threads_per_shard; /* threads 0: automatic */
-	bool host_sharing; /* workers of a host fetch a unit over a network once */
-	char *fabric;      /* "auto", "local", "local-copy", "verbs", "ofi" */
+	bool host_sharing;     /* workers of a host fetch a unit over a network once, and push their common sum */
+	uint32_t host_wait_ms; /* how long computing may stand still for a neighbour's gradients, a span */
+	char *fabric;          /* "auto", "local", "local-copy", "verbs", "ofi" */
 	struct rdma_setting rdma[RDMA_SETTINGS_MAX];
 	uint32_t n_rdma;
 	char *math; /* "" or k_profile_detect's `want` */

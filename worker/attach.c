@@ -259,6 +259,8 @@ static void check_connected(struct worker *w)
 		rc = open_view(w);
 	if (!rc)
 		rc = push_attach(w);
+	if (!rc)
+		rc = sums_open(w, &e);
 	if (rc) {
 		control_fail(w, rc == -EINVAL ? EXIT_CONFIG : EXIT_JOB_FAILED, "%s",
 			     e.text[0] ? e.text : strerror(-rc));

@@ -205,6 +205,12 @@ static void cancel_span(struct worker *w)
 	control_span_check(w);
 }
 
+void control_give_back(struct worker *w)
+{
+	log_info(&w->log, "a worker of this host is lost that had part of our gradients: the span is given back");
+	cancel_span(w);
+}
+
 static void on_stale_timer(evutil_socket_t fd, short what, void *ctx)
 {
 	struct worker *w = ctx;
@@ -414,6 +420,13 @@ static void add_metrics(struct worker *w)
 		    &w->copier.fetch.live_max);
 	metrics_add(m, "mesh_offers_total", "contributions offered to shard services", &c->offers);
 	metrics_add(m, "mesh_push_bytes_total", "gradient bytes written to shard services", &c->push_bytes);
+	metrics_add(m, "mesh_sums_added_total", "gradients of workers of this host added to ours", &c->sums_added);
+	metrics_add(m, "mesh_sums_given_total", "gradients that a worker of this host added to its own",
+		    &c->sums_given);
+	metrics_add(m, "mesh_sums_alone_total", "gradients pushed though a worker of this host has the sibling",
+		    &c->sums_alone);
+	metrics_add(m, "mesh_sums_lost_total", "spans given back: a worker was lost that had part of them",
+		    &c->sums_lost);
 	metrics_add(m, "mesh_push_wait_ns_total", "time waited for buffers and answers", &c->push_wait_ns);
 	metrics_add(m, "mesh_fabric_choices_local_total", "shard services reached by it", &c->chosen[0]);
 	metrics_add(m, "mesh_fabric_choices_local_copy_total", "shard services reached by it", &c->chosen[1]);

@@ -174,7 +174,7 @@ int fabrics_memory(struct worker *w, enum memory_use use, const char *name, uint
 	struct fab_region_attr a = {
 		.name = name, .memory = FAB_HOST, .bytes = bytes, .access = w->in_place ? FAB_REMOTE_READ : FAB_LOCAL
 	};
-	bool shared = use == MEMORY_WINDOW && w->neighbours.on;
+	bool shared = (use == MEMORY_WINDOW || use == MEMORY_GRADIENTS) && w->neighbours.on;
 	int rc = 0;
 
 	if (w->in_place)

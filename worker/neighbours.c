@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The workers of this host: shared memory between them, so that what one has
- * read over a network the others copy (copy.c, board.c).
+ * read over a network the others copy (copy.c, board.c), and so that gradients
+ * are added before they leave the host (sums.c, subtree.c).
  *
  * Who they are is in the member table; that they really share memory with us is
  * proved by the provider `local` when it connects, which two containers of one
@@ -12,7 +13,7 @@
  *      READY, once its memory is there      ->
  *                                           <-    ADDRESS, once its own is
  *      connects                             ...   accepts
- *      BOARD, WINDOW                       <->    BOARD, WINDOW
+ *      BOARD, WINDOW, GRADIENTS            <->    BOARD, WINDOW, GRADIENTS
  *      ATTACHED                            <->    ATTACHED
  *
  * ATTACHED says: I look at your board. From then on the other may mark and copy;
@@ -31,8 +32,8 @@
 #include <errno.h>
 #include <stdarg.h>
 
-enum word { WORD_READY = 1, WORD_ADDRESS, WORD_BOARD, WORD_WINDOW, WORD_ATTACHED };
-enum { BOARD, WINDOW, SHARED };
+enum word { WORD_READY = 1, WORD_ADDRESS, WORD_BOARD, WORD_WINDOW, WORD_GRADIENTS, WORD_ATTACHED };
+enum { BOARD, WINDOW, GRADIENTS, SHARED };
 
 _Static_assert(FAB_BLOB_MAX <= RELAY_MAX, "a blob is one word");
 
@@ -97,6 +98,7 @@ static void let_go(struct worker *w, struct neighbour *n)
 
 	if (n->board) {
 		copy_forget(w, n->board);
+		sums_forget(w, n->member);
 		boards_remove(&h->boards, n->member);
 		atomic_store_explicit(&w->counters.neighbours, h->boards.n, memory_order_relaxed);
 	}
@@ -185,6 +187,16 @@ struct neighbour *neighbours_of(struct worker *w, const struct board *b)
 	return NULL;
 }
 
+const float *neighbours_gradients(struct worker *w, uint32_t member, uint64_t *bytes)
+{
+	struct neighbour *n = find(w, member);
+
+	if (!n || !n->board)
+		return NULL;
+	*bytes = w->neighbours.fabric->ops->remote_bytes(n->remote[GRADIENTS]);
+	return n->gradients;
+}
+
 static void on_address(struct worker *w, struct neighbour *n, const struct fab_blob *blob)
 {
 	struct neighbours *h = &w->neighbours;
@@ -216,6 +228,7 @@ void neighbours_relay(struct worker *w, const struct msg_relay *m)
 		break;
 	case WORD_BOARD:
 	case WORD_WINDOW:
+	case WORD_GRADIENTS:
 		n->blob[m->kind - WORD_BOARD] = blob;
 		n->have_blob[m->kind - WORD_BOARD] = true;
 		break;
@@ -303,6 +316,8 @@ void neighbours_event(struct worker *w, const struct fab_event *ev)
 	give(w, n, WORD_BOARD, h->board);
 	if (n->up)
 		give(w, n, WORD_WINDOW, h->fabric->region[MEMORY_WINDOW]);
+	if (n->up)
+		give(w, n, WORD_GRADIENTS, h->fabric->region[MEMORY_GRADIENTS]);
 }
 
 /* ------------------------------------------------------------------- memory */
@@ -329,6 +344,7 @@ static int import(struct worker *w, struct neighbour *n)
 		return rc;
 	n->board = at[BOARD];
 	n->window = at[WINDOW];
+	n->gradients = at[GRADIENTS];
 	return 0;
 }
 
@@ -354,7 +370,7 @@ void neighbours_run(struct worker *w)
 	for (uint32_t i = 0; i < h->n; i++) {
 		struct neighbour *n = &h->one[i];
 
-		if (n->up && !n->board && n->have_blob[BOARD] && n->have_blob[WINDOW])
+		if (n->up && !n->board && n->have_blob[BOARD] && n->have_blob[WINDOW] && n->have_blob[GRADIENTS])
 			look_at(w, n);
 	}
 }

@@ -124,14 +124,21 @@ static void report_sharing(struct worker *w)
 		 (unsigned long long)c->network_bytes, (unsigned long long)c->neighbour_bytes,
 		 (unsigned long long)c->claimed, (unsigned long long)c->waited, (unsigned long long)c->seized,
 		 (unsigned long long)c->seized_bytes);
+	log_info(
+		&w->log,
+		"sums: %llu gradient bytes pushed; %llu gradients taken from workers of this host, %llu given to them, "
+		"%llu pushed alone, %llu spans given back",
+		(unsigned long long)c->push_bytes, (unsigned long long)c->sums_added, (unsigned long long)c->sums_given,
+		(unsigned long long)c->sums_alone, (unsigned long long)c->sums_lost);
 }
 
 void prepare_report(struct worker *w)
 {
-	/* In place the gradients are shared memory; in copy mode a window that neighbours copy from. */
-	uint64_t own = w->in_place        ? w->push.n_buffers * w->push.elements * sizeof(float)
-		       : w->neighbours.on ? w->plan.window_elements * sizeof(float)
-					  : 0;
+	/* In place the gradients are shared memory; in copy mode what neighbours read: window and gradients. */
+	uint64_t own = w->in_place ? w->push.n_buffers * w->push.elements * sizeof(float)
+		       : w->neighbours.on
+			       ? (w->plan.window_elements + w->push.n_buffers * w->push.elements) * sizeof(float)
+			       : 0;
 
 	if (!w->attach.ready_sent)
 		return;

@@ -6,7 +6,8 @@
  * map of their memory; pair.c: which provider of the fabric serves each of them;
  * fabrics.c: the providers in use, and our memory in them; copy.c: reading units
  * where memory is not shared; neighbours.c: the workers of this host, with whom
- * such reads are shared; push.c: gradients on their way to their owners;
+ * such reads are shared; push.c: gradients on their way to their owners; sums.c:
+ * those of this host's workers, added before they leave it (subtree.c);
  * compute.c: the thread that computes.
  *
  * Two threads: the control thread owns everything here but struct compute's
@@ -24,6 +25,7 @@
 #include "worker/fetch.h"
 #include "worker/schedule.h"
 #include "worker/slices.h"
+#include "worker/subtree.h"
 #include "worker/worker.h"
 
 #include <event2/event.h>
@@ -47,6 +49,8 @@ struct worker_counters {
 	_Atomic uint64_t claimed, waited, seized, seized_bytes; /* portions; bytes over the network */
 	_Atomic uint64_t neighbours;                            /* now */
 	_Atomic uint64_t offers, push_bytes, push_wait_ns;
+	_Atomic uint64_t sums_added, sums_given, sums_alone; /* gradients taken from, given to a neighbour; neither */
+	_Atomic uint64_t sums_lost;                          /* spans given back: a neighbour was lost that had part */
 	_Atomic uint64_t spans, recalled;
 	_Atomic uint64_t chosen[WORKER_PROVIDERS], refused; /* providers of the fabric, by shard service */
 };
@@ -234,11 +238,12 @@ struct neighbour {
 	bool addressed; /* it has one */
 	bool attached;  /* it looks at our board: we may copy from its window */
 	struct fab_ep *ep;
-	bool up, have_blob[2];
-	struct fab_blob blob[2]; /* of its board, of its window */
-	struct fab_remote *remote[2];
+	bool up, have_blob[3];
+	struct fab_blob blob[3]; /* of its board, its window, its gradients */
+	struct fab_remote *remote[3];
 	const struct board *board; /* mapped; among boards.theirs */
 	const uint8_t *window;
+	const float *gradients;
 };
 
 struct neighbours {
@@ -263,7 +268,9 @@ struct offer {
 
 struct gradient_buffer {
 	bool busy, withdrawn;
+	bool lost; /* an owner gave it back: withdrawn before it was taken */
 	uint32_t unit, part, outstanding;
+	struct tree_node node; /* offered to the owners */
 	uint64_t sequence;
 };
 
@@ -278,6 +285,25 @@ struct push {
 	struct offer *offer; /* [n_buffers][n_peers] */
 	uint64_t next_id, next_sequence;
 	uint32_t staging_free; /* bit set */
+};
+
+/* ------------------------------------------------- sums with neighbours */
+
+struct sum_add {
+	bool active;
+	uint32_t unit, part, from; /* member */
+	const float *theirs;
+	uint64_t at, end; /* elements of the unit */
+};
+
+struct sums {
+	bool on;
+	struct subtree tree;
+	struct k_stream *stream;
+	struct arena workspace;
+	struct sum_add add[BUFFERS_MAX]; /* into our buffer */
+	struct event *timer;
+	uint32_t look_us;
 };
 
 /* ------------------------------------------------------------------ spans */
@@ -335,6 +361,7 @@ struct worker {
 	struct copier copier;
 	struct neighbours neighbours;
 	struct push push;
+	struct sums sums;
 	struct compute compute;
 	struct event *compute_event;
 
@@ -375,6 +402,8 @@ void control_ready(struct worker *w);
 /* Something of the span was answered: is it over? */
 void control_span_check(struct worker *w);
 void control_task(struct worker *w, const struct task *t);
+/* Part of the span cannot be known to have reached the owners. */
+void control_give_back(struct worker *w);
 
 /* ------------------------------------------------------------- fabrics.c */
 
@@ -445,6 +474,8 @@ void neighbours_run(struct worker *w);
 void neighbours_off(struct worker *w, const char *why);
 /* The one whose board it is. */
 struct neighbour *neighbours_of(struct worker *w, const struct board *b);
+/* The gradient buffers of one whose board we look at; NULL: there is none such. */
+const float *neighbours_gradients(struct worker *w, uint32_t member, uint64_t *bytes);
 /* Its bytes cross a network, or are to be treated as if they did. */
 static inline bool peer_is_far(const struct peer *p)
 {
@@ -468,6 +499,27 @@ int push_answer(struct peer *p, const struct msg_answer *m);
 /* Posts what was granted. */
 void push_run(struct worker *w);
 void push_event(struct worker *w, const struct fab_event *ev);
+/* The buffer's contribution as that of `node`: when all owners have answered, sums_answered, and it is free. */
+void push_to_owners(struct worker *w, uint32_t buffer, struct tree_node node);
+void push_free(struct worker *w, uint32_t buffer);
+
+/* ---------------------------------------------------------------- sums.c */
+
+/* Neighbours are on: their gradients and ours become one sum. Else all of these do nothing. */
+int sums_open(struct worker *w, struct err *e);
+void sums_release(struct worker *w);
+void sums_begin(struct worker *w, const struct granted_lease *l);
+/* Only where sums are on: what would be offered to the owners. */
+void sums_final(struct worker *w, uint32_t buffer);
+void sums_answered(struct worker *w, uint32_t buffer);
+/* Computing waits for a buffer or has ended; or goes on. */
+void sums_stall(struct worker *w, bool stalled);
+void sums_cancel(struct worker *w);
+bool sums_idle(const struct worker *w);
+/* The neighbour goes; its memory is still mapped, and its board still among the others. */
+void sums_forget(struct worker *w, uint32_t member);
+/* Looks at the neighbours, and adds a piece. */
+void sums_run(struct worker *w);
 
 /* ------------------------------------------------------------- compute.c */
 

@@ -26,6 +26,9 @@
  * have completed, since the owner gives the inbox away when it hears of it.
  * A slice that lies in one piece is written from the gradient itself; one that
  * the page map cuts goes through a staging slot.
+ *
+ * Where there are neighbours a contribution goes to them first, or waits for
+ * theirs (sums.c); it comes back here as that of a larger node, or not at all.
  */
 #include "worker/process.h"
 
@@ -72,6 +75,7 @@ int push_attach(struct worker *w)
 
 void push_release(struct worker *w)
 {
+	sums_release(w);
 	free(w->push.offer);
 }
 
@@ -96,6 +100,7 @@ void push_begin(struct worker *w, const struct granted_lease *l)
 	assert(push_idle(w));
 	w->push.step = l->step;
 	w->push.node = l->node;
+	sums_begin(w, l);
 }
 
 bool push_idle(const struct worker *w)
@@ -103,14 +108,15 @@ bool push_idle(const struct worker *w)
 	for (uint32_t i = 0; i < w->push.n_buffers; i++)
 		if (w->push.buffer[i].busy)
 			return false;
-	return true;
+	return sums_idle(w);
 }
 
-static void free_buffer(struct worker *w, uint32_t i)
+void push_free(struct worker *w, uint32_t i)
 {
 	const struct task t = { .kind = TASK_BUFFER, .buffer = i };
 
 	w->push.buffer[i].busy = false;
+	sums_stall(w, w->span.ended);
 	control_task(w, &t);
 }
 
@@ -123,8 +129,10 @@ static void offer_check(struct worker *w, struct offer *o)
 		return;
 	*o = (struct offer){ .progress = OFFER_NONE };
 	assert(b->outstanding > 0);
-	if (--b->outstanding == 0)
-		free_buffer(w, (uint32_t)(b - w->push.buffer));
+	if (--b->outstanding == 0) {
+		sums_answered(w, (uint32_t)(b - w->push.buffer));
+		push_free(w, (uint32_t)(b - w->push.buffer));
+	}
 	control_span_check(w);
 }
 
@@ -183,12 +191,18 @@ static bool all_busy(const struct push *p)
 	return true;
 }
 
-void push_need(struct worker *w)
+static void want_oldest(struct worker *w)
 {
 	struct gradient_buffer *b = oldest(&w->push);
 
 	if (b)
 		want_back(w, (uint32_t)(b - w->push.buffer));
+}
+
+void push_need(struct worker *w)
+{
+	sums_stall(w, all_busy(&w->push));
+	want_oldest(w);
 }
 
 static void offer_to(struct worker *w, struct peer *p, uint32_t buffer)
@@ -201,8 +215,8 @@ static void offer_to(struct worker *w, struct peer *p, uint32_t buffer)
 		.offer = ++push->next_id,
 		.unit = b->unit,
 		.part = b->part,
-		.first = push->node.first,
-		.level = push->node.level,
+		.first = b->node.first,
+		.level = b->node.level,
 		.where = buffer * push->elements * sizeof(float),
 	};
 
@@ -213,15 +227,13 @@ static void offer_to(struct worker *w, struct peer *p, uint32_t buffer)
 		attach_lost(p, "it does not read its connection");
 }
 
-void push_offer(struct worker *w, const struct report *r)
+void push_to_owners(struct worker *w, uint32_t buffer, struct tree_node node)
 {
-	struct push *p = &w->push;
-	struct gradient_buffer *b = &p->buffer[r->buffer];
-	const uint32_t *owners = attach_owners(&w->attach, r->unit);
+	struct gradient_buffer *b = &w->push.buffer[buffer];
+	const uint32_t *owners = attach_owners(&w->attach, b->unit);
 
-	assert(!b->busy);
-	*b = (struct gradient_buffer){ .busy = true, .unit = r->unit, .part = r->part, .sequence = ++p->next_sequence };
-	for (uint32_t i = 0; i < w->attach.n_owners[r->unit] && !w->span.cancelled; i++) {
+	b->node = node;
+	for (uint32_t i = 0; i < w->attach.n_owners[b->unit]; i++) {
 		struct peer *peer = &w->attach.peer[owners[i]];
 		struct share share;
 
@@ -229,17 +241,36 @@ void push_offer(struct worker *w, const struct report *r)
 		if (share.n == 0)
 			continue;
 		b->outstanding++;
-		offer_to(w, peer, r->buffer);
+		offer_to(w, peer, buffer);
 	}
+	if (w->span.ended)
+		want_back(w, buffer);
+	else if (all_busy(&w->push))
+		want_oldest(w);
+}
+
+void push_offer(struct worker *w, const struct report *r)
+{
+	struct push *p = &w->push;
+	struct gradient_buffer *b = &p->buffer[r->buffer];
+
+	assert(!b->busy);
+	*b = (struct gradient_buffer){ .busy = true, .unit = r->unit, .part = r->part, .sequence = ++p->next_sequence };
 	/* Of a recalled span nothing more is offered. */
-	if (b->outstanding == 0)
-		free_buffer(w, r->buffer);
-	else if (all_busy(p))
-		push_need(w);
+	if (w->span.cancelled)
+		push_free(w, r->buffer);
+	else if (w->sums.on)
+		sums_final(w, r->buffer);
+	else
+		push_to_owners(w, r->buffer, p->node);
 }
 
 void push_end(struct worker *w, bool withdraw)
 {
+	if (withdraw)
+		sums_cancel(w);
+	else
+		sums_stall(w, true);
 	for (uint32_t i = 0; i < w->push.n_buffers; i++) {
 		struct gradient_buffer *b = &w->push.buffer[i];
 
@@ -298,6 +329,7 @@ int push_answer(struct peer *p, const struct msg_answer *m)
 	case OFFER_TAKEN:
 	case OFFER_COVERED:
 	case OFFER_CLOSED:
+		w->push.buffer[o->buffer].lost |= m->verdict == OFFER_CLOSED && o->withdrawn;
 		o->answered = true;
 		offer_check(w, o);
 		break;
@@ -419,6 +451,7 @@ void push_run(struct worker *w)
 		}
 		write_slices(p);
 	}
+	sums_run(w);
 }
 
 void push_event(struct worker *w, const struct fab_event *ev)

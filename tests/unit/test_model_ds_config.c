@@ -79,6 +79,7 @@ static void test_defaults(void **state)
 	assert_int_equal(c.workers, 1);
 	assert_string_equal(c.fabric, "auto");
 	assert_true(c.host_sharing);
+	assert_int_equal(c.host_wait_ms, 20);
 	assert_string_equal(c.math, "");
 	assert_string_equal(c.run_dir, "/base/run");
 	assert_int_equal(c.activations, ACTIVATIONS_AUTO);
@@ -118,7 +119,7 @@ static const char users_file[] =
 	"    \"data\": { \"train\": [ \"/x/1.bin\", \"./sub/2.bin\", ], \"format\": \"llmc\", \"sequence_length\": 64,\n"
 	"              \"validation\": \"v.bin\" },\n"
 	"    \"steps\": 100, \"seed\": 7, \"eval_interval\": 10, \"shards\": 4, \"workers\": 2, \"fabric\": \"local\",\n"
-	"    \"host_sharing\": false, \"run_dir\": \"/runs/1\", \"activations\": \"recompute\", \"activation_memory\": 1e9,\n"
+	"    \"host_sharing\": false, \"host_wait_ms\": 5, \"run_dir\": \"/runs/1\", \"activations\": \"recompute\", \"activation_memory\": 1e9,\n"
 	"    \"rdma\": { \"connect\": \"cm\", \"mtu\": 1024, \"gid_index\": \"auto\", \"ofi_provider\": \"tcp\" } },\n"
 	"}\n";
 
@@ -444,6 +445,7 @@ static void assert_configs_equal(const struct job_config *a, const struct job_co
 	assert_int_equal(a->threads_per_shard, b->threads_per_shard);
 	assert_string_equal(a->fabric, b->fabric);
 	assert_int_equal(a->host_sharing, b->host_sharing);
+	assert_int_equal(a->host_wait_ms, b->host_wait_ms);
 	assert_int_equal(a->n_rdma, b->n_rdma);
 	for (uint32_t i = 0; i < a->n_rdma; i++) {
 		assert_string_equal(a->rdma[i].name, b->rdma[i].name);
