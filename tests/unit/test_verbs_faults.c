@@ -338,12 +338,34 @@ static void attacks_are_refused(void **state)
 	stub_reset();
 }
 
+/* Before anybody looks, on a device that says nothing. */
+static void an_attacker_that_goes_is_counted(void **state)
+{
+	struct fab_op op;
+	struct vpair v;
+
+	(void)state;
+	stub_reset();
+	stub.quiet_access = stub.no_flush_receives = true;
+	vpair_open(&v, &by_control, MIB);
+	v.params_of_b->desc.key[0] ^= 0x100;
+	op = vread(&v, 0, 64, 1);
+	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
+	assert_int_equal(await(&v, &v.a, LONG).status, -EACCES);
+	assert_int_equal(v.ops->counters(v.b.f)->refused, 0);
+	v.ops->disconnect(v.b.ep);
+	assert_int_equal(v.ops->counters(v.b.f)->refused, 1);
+	vpair_close(&v);
+	stub_reset();
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(every_call_fails_by_control),     cmocka_unit_test(every_call_fails_by_cm),
-		cmocka_unit_test(every_call_fails_automatic),      cmocka_unit_test(every_system_call_fails),
-		cmocka_unit_test(a_thousand_breaks_leave_nothing), cmocka_unit_test(attacks_are_refused),
+		cmocka_unit_test(every_call_fails_by_control),      cmocka_unit_test(every_call_fails_by_cm),
+		cmocka_unit_test(every_call_fails_automatic),       cmocka_unit_test(every_system_call_fails),
+		cmocka_unit_test(a_thousand_breaks_leave_nothing),  cmocka_unit_test(attacks_are_refused),
+		cmocka_unit_test(an_attacker_that_goes_is_counted),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
