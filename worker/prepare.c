@@ -146,7 +146,7 @@ void prepare_report(struct worker *w)
 		log_info(&w->log, "live window: at most %llu parameters at once, of %llu allowed",
 			 (unsigned long long)atomic_load(&w->copier.fetch.live_max),
 			 (unsigned long long)w->plan.window_elements);
-	if (w->neighbours.on)
+	if (!w->in_place)
 		report_sharing(w);
 	mem_plan_log_used(&w->log, &w->plan.mem, own);
 }
