@@ -242,13 +242,20 @@ void coord_gone(struct coord *c, uint32_t member, const char *why, uint64_t now_
 /* ------------------------------------------------------------------ timers */
 
 /*
- * Who prepares (reads data, allocates, makes its parameters) may be silent for
- * as long as a join may take: its control thread does it. If it dies, its
- * connection says so.
+ * Who prepares (reads data, allocates, makes its parameters) does so on its
+ * control thread, and may be silent for longer. If it dies its connection says
+ * so; this is for a host that died with it.
  */
+#define PREPARE_PATIENCE 6
+
+static uint64_t silence_allowed_ns(const struct coord *c, const struct seat *s)
+{
+	return c->cfg.heartbeat_timeout_ns * (s->pub.ready ? 1 : PREPARE_PATIENCE);
+}
+
 static bool too_late(const struct coord *c, const struct seat *s, char *why, size_t bytes)
 {
-	if (s->pub.ready && c->now_ns > s->pub.last_seen_ns + c->cfg.heartbeat_timeout_ns) {
+	if (c->now_ns > s->pub.last_seen_ns + silence_allowed_ns(c, s)) {
 		snprintf(why, bytes, "no word from it for %.1f s", clock_seconds(c->now_ns - s->pub.last_seen_ns));
 		return true;
 	}

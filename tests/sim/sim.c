@@ -17,8 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Longer than a heartbeat's timeout and a frozen worker together. */
-#define SILENCE (60 * SIM_S)
+/* Longer than a heartbeat's timeout and a frozen worker together, and than who prepares may be silent. */
+#define SILENCE (90 * SIM_S)
 #define EVENTS_MAX 20000000ull
 
 struct options {

@@ -132,9 +132,12 @@ static void test_join_timeouts(void **state)
 	(void)state;
 	begin(b);
 	shard(b);
-	/* Who prepares may be silent. */
-	for (int i = 0; i < 12; i++)
+	/* Who prepares may be silent for long. */
+	for (int i = 0; i < 12; i++) {
 		tick(b, 5);
+		if (i == 6)
+			say(b, b->shard[0], WIRE_HEARTBEAT, &beat);
+	}
 	assert_int_equal(phase(b), PHASE_GATHER);
 	tick(b, 1);
 	expect_failed(b, EXIT_JOB_FAILED, "61.0 s still waiting for members: 1 of 2 shard services, 0 of 1 workers");
@@ -147,6 +150,8 @@ static void test_join_timeouts(void **state)
 	for (int i = 0; i < 8; i++) {
 		say(b, b->shard[0], WIRE_HEARTBEAT, &beat);
 		say(b, b->worker[0], WIRE_HEARTBEAT, &beat);
+		if (i == 4)
+			say(b, b->worker[1], WIRE_HEARTBEAT, &beat);
 		tick(b, 8);
 	}
 	expect_evicted(b, b->worker[1], "not ready 64.0 s after it joined");
