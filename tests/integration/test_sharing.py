@@ -89,7 +89,7 @@ def windows(directory):
         check(total(said, "network") < workers * alone["network"] and total(said, "neighbours") > 0, f"{name}: {said}")
 
 
-def killed(directory):
+def reader_killed(directory):
     """kill -9 of a worker that reads for the others."""
     want = plain(directory)
     for i, delay in enumerate((0.0, 0.007, 0.015, 0.023)):
@@ -103,7 +103,7 @@ def killed(directory):
         check(len(shared(directory, f"run{i}")) == 2, "not two workers said what they read")
 
 
-def halted(directory):
+def reader_halted(directory):
     """A worker that is stopped for a moment, again and again: what it claimed others read; the same bits."""
     want = plain(directory)
     process = start(*job(directory, "run", "--workers", 3, "--fabric", "local-copy", **TIGHT))
@@ -121,7 +121,7 @@ def halted(directory):
     same_bits("halted", bits(directory / "run", STEPS), want)
 
 
-def evicted(directory):
+def reader_evicted(directory):
     """One that stays stopped is evicted, and wakes up to find that nobody waits for it."""
     want = plain(directory)
     process = start(*job(directory, "run", "--workers", 3, "--fabric", "local-copy"))
@@ -135,4 +135,4 @@ def evicted(directory):
     same_bits("evicted", bits(directory / "run", STEPS), want)
 
 
-main([once, windows, killed, halted, evicted])
+main([once, windows, reader_killed, reader_halted, reader_evicted])
