@@ -336,14 +336,13 @@ static int import(struct worker *w, struct neighbour *n)
 	if (rc)
 		return rc;
 	rc = board_check(at[BOARD], ops->remote_bytes(n->remote[BOARD]), n->member, w->table.n_units);
-	if (!rc && ops->remote_bytes(n->remote[WINDOW]) < w->plan.window_elements * sizeof(float))
-		rc = -ERANGE;
 	if (!rc)
 		rc = boards_add(&w->neighbours.boards, at[BOARD]);
 	if (rc)
 		return rc;
 	n->board = at[BOARD];
 	n->window = at[WINDOW];
+	n->window_bytes = ops->remote_bytes(n->remote[WINDOW]);
 	n->gradients = at[GRADIENTS];
 	return 0;
 }

@@ -222,7 +222,7 @@ struct copier {
 	uint32_t *queue; /* units being read, oldest first */
 	uint32_t n_queue, reads;
 	uint32_t unposted;   /* portions being read that are not posted whole */
-	uint64_t slowest_ns; /* of the portions read so far: what a neighbour's may take */
+	uint64_t slowest_ns; /* of the last portions read, about: what a neighbour's may take */
 	uint64_t copy_left;  /* bytes to copy before others have their turn */
 	uint64_t again_ns;   /* when to look again, though no event says so; 0: never */
 	struct event *retry;
@@ -243,6 +243,7 @@ struct neighbour {
 	struct fab_remote *remote[3];
 	const struct board *board; /* mapped; among boards.theirs */
 	const uint8_t *window;
+	uint64_t window_bytes;
 	const float *gradients;
 };
 

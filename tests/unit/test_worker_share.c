@@ -262,7 +262,8 @@ static void sim_open(uint64_t seed, uint32_t n, bool small)
 			h->one[h->n++] = (struct neighbour){ .member = 10 + k,
 							     .attached = true,
 							     .board = sim.side[k].board,
-							     .window = sim.side[k].window.base };
+							     .window = sim.side[k].window.base,
+							     .window_bytes = sim.side[k].window.bytes };
 			assert_int_equal(boards_add(&h->boards, sim.side[k].board), 0);
 		}
 	}
@@ -513,11 +514,32 @@ static void wakes_up_evicted(void **state)
 	sim_close();
 }
 
+/* A board that says nonsense costs its time, and nothing is read outside the window. */
+static void nonsense_on_a_board(void **state)
+{
+	(void)state;
+	sim_open(6, 2, false);
+	publish(sim.side[0].w, 1);
+	for (uint32_t s = 0; s < BOARD_PORTIONS; s++)
+		board_there(&sim.side[1].w->neighbours.boards, 0, s, 1, sim.side[1].window.bytes - 4096);
+	begin(&sim.side[0], 1);
+	for (int turns = 0; sim.side[0].n_use == 0; turns++) {
+		assert_true(turns < 100000);
+		sim.now += LOOK_AGAIN_NS;
+		turn(&sim.side[0], 1);
+	}
+	compute(&sim.side[0], 1);
+	assert_int_equal(SUM(seized), sim.side[0].w->copier.cut[0].n);
+	assert_int_equal(SUM(neighbour_bytes), 0);
+	sim_close();
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(once_a_host), cmocka_unit_test(small_windows),    cmocka_unit_test(stopped),
-		cmocka_unit_test(gone),        cmocka_unit_test(wakes_up_evicted),
+		cmocka_unit_test(once_a_host),      cmocka_unit_test(small_windows),
+		cmocka_unit_test(stopped),          cmocka_unit_test(gone),
+		cmocka_unit_test(wakes_up_evicted), cmocka_unit_test(nonsense_on_a_board),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
