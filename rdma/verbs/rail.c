@@ -278,12 +278,26 @@ void vb_rail_tick(struct vb_rail *r, uint64_t now)
 	}
 }
 
+/* Is the port still reached where it was? */
+static int port_moved(struct fab *f, struct vb_port *p)
+{
+	struct vb_port_desc was = p->desc;
+	int ret = vb_port_refresh(f, p);
+
+	if (ret)
+		return ret;
+	return was.lid != p->desc.lid || memcmp(was.gid, p->desc.gid, sizeof(was.gid)) ? -EADDRNOTAVAIL : 0;
+}
+
 void vb_port_changed(struct fab *f, struct vb_port *p, bool up, const char *why)
 {
 	struct fab_ep *ep;
+	int gone = -ENETDOWN;
 
 	log_write(f->log, up ? LOG_INFO : LOG_WARN, LOG_WHERE, "verbs: %s: %s", p->name, why);
-	if (!up)
+	if (up)
+		gone = port_moved(f, p);
+	else
 		p->up = false;
 	TAILQ_FOREACH(ep, &f->eps, link)
 	for (uint32_t i = 0; i < ep->n_rails; i++) {
@@ -291,10 +305,10 @@ void vb_port_changed(struct fab *f, struct vb_port *p, bool up, const char *why)
 
 		if (r->port != p)
 			continue;
-		if (!up)
-			vb_rail_break(r, -ENETDOWN, why);
+		if (gone)
+			vb_rail_break(r, gone, why);
 		/* What waits for the port need not wait for its turn. */
-		else if (r->state == VB_IDLE && ep->active)
+		if (up && r->state == VB_IDLE && ep->active)
 			r->retry_ns = 0;
 	}
 }
