@@ -252,14 +252,17 @@ void *ofi_region_addr(struct fab_region *r)
 
 /* -------------------------------------------------------------------- exports */
 
-static bool is_up(struct fab_ep *ep)
+/* -EAGAIN: the user has not heard yet that it is; the peer may have. */
+static int check_up(struct fab_ep *ep)
 {
-	bool up;
+	bool down;
 
 	pthread_mutex_lock(&ep->fab->lock);
-	up = ep->told && !ep->down;
+	down = ep->down;
 	pthread_mutex_unlock(&ep->fab->lock);
-	return up;
+	if (down)
+		return -ENOTCONN;
+	return ep->told ? 0 : -EAGAIN;
 }
 
 int ofi_export(struct fab_ep *ep, struct fab_region *r, struct fab_blob *out)
@@ -268,7 +271,7 @@ int ofi_export(struct fab_ep *ep, struct fab_region *r, struct fab_blob *out)
 	struct fid_mr *mr = r->mr;
 	int ret = 0;
 
-	if (!is_up(ep))
+	if (check_up(ep))
 		return -ENOTCONN;
 	if (r->access == FAB_LOCAL || (r->access == FAB_REMOTE_WRITE && r->exported))
 		return -EPERM;
@@ -288,9 +291,10 @@ int ofi_import(struct fab_ep *ep, const struct fab_blob *blob, struct fab_remote
 {
 	struct fab_remote *r;
 	struct ofi_desc d;
+	int ret = check_up(ep);
 
-	if (!is_up(ep))
-		return -ENOTCONN;
+	if (ret)
+		return ret;
 	if (blob->bytes != sizeof(d))
 		return -EINVAL;
 	memcpy(&d, blob->data, sizeof(d));
