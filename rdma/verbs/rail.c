@@ -281,12 +281,15 @@ void vb_rail_tick(struct vb_rail *r, uint64_t now)
 /* Is the port still reached where it was? */
 static int port_moved(struct fab *f, struct vb_port *p)
 {
-	struct vb_port_desc was = p->desc;
+	const struct vb_port was = *p;
 	int ret = vb_port_refresh(f, p);
 
 	if (ret)
 		return ret;
-	return was.lid != p->desc.lid || memcmp(was.gid, p->desc.gid, sizeof(was.gid)) ? -EADDRNOTAVAIL : 0;
+	/* The same GID at another index is another to the device. */
+	if (was.gid_index != p->gid_index || memcmp(was.desc.gid, p->desc.gid, sizeof(was.desc.gid)))
+		return -EADDRNOTAVAIL;
+	return was.desc.lid != p->desc.lid ? -EADDRNOTAVAIL : 0;
 }
 
 void vb_port_changed(struct fab *f, struct vb_port *p, bool up, const char *why)

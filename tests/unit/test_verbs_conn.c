@@ -388,6 +388,31 @@ static void ports_come_and_go(void **state)
 	}
 }
 
+/* Nothing is in flight whose deadline would tell. */
+static void a_port_that_has_moved_is_left(void **state)
+{
+	struct vpair v;
+	char text[200];
+
+	(void)state;
+	vpair_open(&v, &by_control, MIB);
+	stub_port_event(0, 1, IBV_EVENT_GID_CHANGE);
+	quiet(&v);
+	assert_int_equal(v.ops->counters(v.a.f)->errors, 0);
+	stub.gid_shift = 3;
+	stub_port_event(0, 1, IBV_EVENT_GID_CHANGE);
+	for (uint32_t i = 0; v.ops->counters(v.a.f)->rebuilds < 1; i++) {
+		assert_true(i < LONG);
+		both_poll(&v);
+		nap();
+	}
+	v.ops->describe(v.a.ep, text, sizeof(text));
+	assert_non_null(strstr(text, "GID 5"));
+	read_works(&v, 1);
+	vpair_close(&v);
+	stub_reset();
+}
+
 /* One device of two dies: the other carries on, and nobody hears of it. */
 static void a_dead_device_leaves_the_other(void **state)
 {
@@ -577,6 +602,7 @@ int main(void)
 		cmocka_unit_test(a_lost_read_ends_at_the_deadline),
 		cmocka_unit_test(half_a_chain_is_not_lost),
 		cmocka_unit_test(ports_come_and_go),
+		cmocka_unit_test(a_port_that_has_moved_is_left),
 		cmocka_unit_test(a_dead_device_leaves_the_other),
 		cmocka_unit_test(the_only_dead_device_is_the_end),
 		cmocka_unit_test(each_side_hears_of_the_end),
