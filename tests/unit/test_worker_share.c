@@ -331,6 +331,9 @@ static void die(uint32_t victim)
 			continue;
 		copy_forget(w, sim.side[victim].board);
 		boards_remove(&w->neighbours.boards, 10 + victim);
+		for (uint32_t k = 0; k < w->neighbours.n; k++)
+			if (w->neighbours.one[k].board == sim.side[victim].board)
+				w->neighbours.one[k] = w->neighbours.one[--w->neighbours.n];
 		copy_run(w);
 	}
 }
@@ -473,29 +476,79 @@ static void gone(void **state)
 	}
 }
 
+/* Worker 1 is in the middle of a copy of worker 0's unit 0, which that has read for its first use. */
+static struct copy_portion *open_half_copied(void)
+{
+	struct side *s = &sim.side[1];
+
+	sim_open(5, 2, true);
+	publish(sim.side[0].w, 1);
+	begin(&sim.side[0], 1);
+	for (int turns = 0; sim.side[0].n_use == 0; turns++) {
+		assert_true(turns < 100000);
+		sim.now += LOOK_AGAIN_NS;
+		turn(&sim.side[0], 1);
+	}
+	fetch_plan(&s->w->copier.fetch, 1, sim.uses, sim.n_uses);
+	/* One turn with nothing to copy with: marked, not copied. */
+	s->w->copier.copy_left = 0;
+	take_actions(s->w);
+	advance_units(s->w);
+	for (uint32_t i = 0; i < BOARD_PORTIONS; i++)
+		if (s->w->copier.unit[0].portion[i].state == COPY_NEIGHBOUR)
+			return &s->w->copier.unit[0].portion[i];
+	fail();
+	return NULL;
+}
+
+static void a_copy_holds_the_place(void **state)
+{
+	struct copier *c;
+
+	(void)state;
+	open_half_copied();
+	c = &sim.side[0].w->copier;
+	if (sim.side[0].computed == 0)
+		compute(&sim.side[0], 1);
+	copy_run(sim.side[0].w);
+	assert_true(c->fetch.held_up);
+	assert_int_equal(c->fetch.unit[1].state, FETCH_ABSENT);
+	/* All that is marked is more than a turn copies. */
+	copy_run(sim.side[1].w);
+	copy_run(sim.side[1].w);
+	copy_run(sim.side[0].w);
+	assert_false(c->fetch.held_up);
+	assert_int_equal(c->fetch.unit[1].state, FETCH_READING);
+	sim_close();
+}
+
+/* Dead in the middle of a copy from it: the copy is begun anew, from the owners. */
+static void gone_while_copied(void **state)
+{
+	struct copy_portion *at;
+
+	(void)state;
+	at = open_half_copied();
+	die(0);
+	assert_int_not_equal(at->state, COPY_NEIGHBOUR);
+	for (int turns = 0; !all_done(); turns++) {
+		assert_true(turns < 1000000);
+		sim.now += LOOK_AGAIN_NS;
+		turn(&sim.side[1], 1);
+	}
+	assert_int_equal(SUM(neighbour_bytes), 0);
+	sim_close();
+}
+
 /* Its marks hold a place; it was evicted, the place was used, and it wakes: what it copied does not count. */
 static void wakes_up_evicted(void **state)
 {
 	struct boards *b;
-	struct copy_portion *at = NULL;
 	struct side *s;
 
 	(void)state;
-	sim_open(5, 2, true);
-	publish(sim.side[0].w, 1);
-	begin(&sim.side[0], 1);
-	while (sim.side[0].n_use == 0)
-		turn(&sim.side[0], 1);
+	open_half_copied();
 	s = &sim.side[1];
-	fetch_plan(&s->w->copier.fetch, 1, sim.uses, sim.n_uses);
-	s->w->copier.copy_left = 0;
-	/* One turn with nothing to copy with: marked, not copied. */
-	take_actions(s->w);
-	advance_units(s->w);
-	for (uint32_t i = 0; i < BOARD_PORTIONS && !at; i++)
-		if (s->w->copier.unit[0].portion[i].state == COPY_NEIGHBOUR)
-			at = &s->w->copier.unit[0].portion[i];
-	assert_non_null(at);
 	b = &sim.side[0].w->neighbours.boards;
 	board_withdraw(b, 0);
 	assert_false(board_is_free(b, 0));
@@ -537,9 +590,14 @@ static void nonsense_on_a_board(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(once_a_host),      cmocka_unit_test(small_windows),
-		cmocka_unit_test(stopped),          cmocka_unit_test(gone),
-		cmocka_unit_test(wakes_up_evicted), cmocka_unit_test(nonsense_on_a_board),
+		cmocka_unit_test(once_a_host),
+		cmocka_unit_test(small_windows),
+		cmocka_unit_test(stopped),
+		cmocka_unit_test(gone),
+		cmocka_unit_test(a_copy_holds_the_place),
+		cmocka_unit_test(gone_while_copied),
+		cmocka_unit_test(wakes_up_evicted),
+		cmocka_unit_test(nonsense_on_a_board),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
