@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=tests/roce/guest.sh
 . tests/roce/guest.sh
-names=(alone-local alone-verbs alone-ofi pair-auto link-down gid delay loss)
+names=(alone-local alone-verbs alone-ofi pair-auto delay loss link-down gid)
 more=0
 if [[ ${1-} == --all ]]; then
 	more=1
