@@ -207,7 +207,7 @@ static void cancel_span(struct worker *w)
 
 void control_give_back(struct worker *w)
 {
-	log_info(&w->log, "a worker of this host is lost that had part of our gradients: the span is given back");
+	log_info(&w->log, "what a worker of this host took of our gradients is lost with its span: ours is given back");
 	cancel_span(w);
 }
 
