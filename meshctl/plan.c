@@ -114,23 +114,24 @@ int data_check(const struct job_config *c, uint64_t *index_bytes, struct err *e)
 int plan_print(FILE *f, const struct job_config *c, uint64_t index_bytes, struct err *e)
 {
 	struct job_plan p = { .config = c, .index_bytes = index_bytes, .out = f };
-	char reason[160], size[24];
-	const char *provider;
+	struct fab_candidate fabric[FAB_CANDIDATES_MAX];
+	char size[24];
 	int rc = batch_resolve(c, c->workers, &p.batch, e);
 
 	if (rc)
 		return rc;
-	rc = fab_choose(c->fabric, &provider, reason, e);
-	if (rc)
+	/* As far as it is known before members meet: what a pair on this host would use. */
+	rc = fab_candidates(c->fabric, NULL, true, fabric, NULL, NULL, e);
+	if (rc < 0)
 		return rc;
-	p.mapped = fab_provider(provider)->maps;
+	p.mapped = fabric[0].ops->maps;
 	rc = unit_table_init(&p.table, &c->model, e);
 	if (rc)
 		return rc;
 	fprintf(f, "model: %llu parameters in %u units, pages of %s; a step is %llu samples in %u micro-batches\n",
 		(unsigned long long)p.table.n_parameters, p.table.n_units, bytes_text(p.table.page * 4, size),
 		(unsigned long long)p.batch.train_batch_size, p.batch.n_micro);
-	fprintf(f, "fabric: %s (%s)\n", provider, reason);
+	fprintf(f, "fabric: %s (%s)\n", fabric[0].ops->name, fabric[0].reason);
 	rc = print_all(&p, e);
 	unit_table_release(&p.table);
 	return rc;

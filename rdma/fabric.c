@@ -107,8 +107,9 @@ static int faulty_candidates(const char *want, const struct fab_options *o, bool
 {
 	int n = fab_fault_check(want, e);
 
-	if (!n)
-		n = fab_candidates(strrchr(want, ':') + 1, o, same_host, out, refused, ctx, e);
+	if (n < 0)
+		return n;
+	n = fab_candidates(strrchr(want, ':') + 1, o, same_host, out, refused, ctx, e);
 	for (int i = 0; i < n; i++)
 		out[i].ops = fab_fault(out[i].ops);
 	return n;
@@ -134,18 +135,6 @@ int fab_candidates(const char *want, const struct fab_options *o, bool same_host
 	if (c.n == 0)
 		return err_set(e, -ENOTSUP, "the fabric \"%s\" cannot be used here: %s", want, c.last);
 	return (int)c.n;
-}
-
-int fab_choose(const char *want, const char **provider, char reason[160], struct err *e)
-{
-	struct fab_candidate c[FAB_CANDIDATES_MAX];
-	int n = fab_candidates(want, NULL, true, c, NULL, NULL, e);
-
-	if (n < 0)
-		return n;
-	*provider = c[0].ops->name;
-	snprintf(reason, 160, "%s", c[0].reason);
-	return 0;
 }
 
 /* ---------------------------------------------------------- progress words */

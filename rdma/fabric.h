@@ -259,9 +259,6 @@ int fab_candidates(const char *want, const struct fab_options *o, bool same_host
 		   struct fab_candidate out[FAB_CANDIDATES_MAX],
 		   void (*refused)(void *ctx, const char *provider, const char *reason), void *ctx, struct err *e);
 
-/* The first of the candidates, on one host. */
-int fab_choose(const char *want, const char **provider, char reason[160], struct err *e);
-
 /*
  * A decorator for tests: wraps any provider's ops and does to its operations
  * what a seeded schedule says. Reads --fabric "fault:SPEC:provider", SPEC like

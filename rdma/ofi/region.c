@@ -172,18 +172,21 @@ static void export_end(struct fab *f, struct ofi_export *x, struct fab_region *r
 
 void ofi_exports_end(struct fab_ep *ep)
 {
-	struct ofi_export *x;
+	struct ofi_export *x, *next;
 
-	while ((x = TAILQ_FIRST(&ep->exports)))
+	for (x = TAILQ_FIRST(&ep->exports); x; x = next) {
+		next = TAILQ_NEXT(x, of_ep);
 		export_end(ep->fab, x, x->region);
+	}
 }
 
 static void run_region_end(void *ctx)
 {
 	struct fab_region *r = ctx;
-	struct ofi_export *x;
+	struct ofi_export *x, *next;
 
-	while ((x = TAILQ_FIRST(&r->exports))) {
+	for (x = TAILQ_FIRST(&r->exports); x; x = next) {
+		next = TAILQ_NEXT(x, of_region);
 		/* Answers may be leaving from it. */
 		if (x->ep->serving > 0)
 			ofi_conn_break(x->ep, -EACCES, "memory that is being read is closed");

@@ -15,6 +15,7 @@
  */
 #include "rdma/verbs/verbs.h"
 
+#include <assert.h>
 #include <errno.h>
 
 #define AT_ONCE 64
@@ -157,8 +158,10 @@ void vb_completion_events(struct vb_dev *d)
 
 static void on_qp_event(struct vb_qp *q, enum ibv_event_type type)
 {
-	struct vb_rail *r = q->rail;
+	struct vb_rail *r;
 
+	assert(q);
+	r = q->rail;
 	if (type == IBV_EVENT_QP_ACCESS_ERR || type == IBV_EVENT_QP_REQ_ERR)
 		vb_rail_refuse(r, ibv_event_type_str(type));
 	else
@@ -193,6 +196,7 @@ static void on_async(struct fab *f, struct vb_dev *d, const struct ibv_async_eve
 		on_qp_event(who, ev->event_type);
 		break;
 	case IBV_EVENT_CQ_ERR:
+		assert(who);
 		vb_rail_break(who, -EIO, ibv_event_type_str(ev->event_type));
 		break;
 	case IBV_EVENT_PORT_ERR:

@@ -38,6 +38,7 @@
 /* What /proc says of our effective rights. */
 static bool may_lock_all(void)
 {
+	static const char field[] = "CapEff:";
 	FILE *status = fopen("/proc/self/status", "re");
 	unsigned long long caps = 0;
 	char line[128];
@@ -45,8 +46,10 @@ static bool may_lock_all(void)
 	if (!status)
 		return false;
 	while (fgets(line, sizeof(line), status))
-		if (sscanf(line, "CapEff: %llx", &caps) == 1)
+		if (!strncmp(line, field, strlen(field))) {
+			caps = strtoull(line + strlen(field), NULL, 16);
 			break;
+		}
 	fclose(status);
 	return caps >> CAP_IPC_LOCK_BIT & 1;
 }
