@@ -153,7 +153,7 @@ for stage in "${stages[@]}"; do
 		if ((GUEST == 1)); then
 			outside 5000 500
 		fi
-		barrier cycles 3000
+		barrier cycles 5400
 		;;
 	*) fail "no stage $stage" ;;
 	esac
