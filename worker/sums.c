@@ -111,7 +111,7 @@ static void watch(struct worker *w, bool at_once)
 	struct sums *s = &w->sums;
 	struct timeval soon = { .tv_usec = at_once ? 0 : s->look_us };
 
-	if ((at_once || subtree_watches(&s->tree)) && (at_once || !event_pending(s->timer, EV_TIMEOUT, NULL)))
+	if (at_once || (subtree_watches(&s->tree) && !event_pending(s->timer, EV_TIMEOUT, NULL)))
 		event_add(s->timer, &soon);
 }
 
@@ -149,8 +149,8 @@ static void take_actions(struct worker *w)
 	watch(w, adds);
 }
 
-/* Adds up to `most` elements. True: the sum is complete. */
-static bool add_some(struct worker *w, uint32_t buffer, uint64_t most)
+/* Adds up to `most` elements. */
+static void add_some(struct worker *w, uint32_t buffer, uint64_t most)
 {
 	struct sum_add *a = &w->sums.add[buffer];
 	uint64_t n = a->end - a->at < most ? a->end - a->at : most;
@@ -164,11 +164,10 @@ static bool add_some(struct worker *w, uint32_t buffer, uint64_t most)
 	k_cpu_ops()->event_wait(w->sums.stream, &done);
 	a->at += n;
 	if (a->at < a->end)
-		return false;
+		return;
 	a->active = false;
 	subtree_added(&w->sums.tree, a->unit, a->part, clock_now_ns());
 	take_actions(w);
-	return true;
 }
 
 /* ------------------------------------------------------------------ events */
@@ -249,7 +248,9 @@ void sums_run(struct worker *w)
 	for (uint32_t k = 0; k < w->push.n_buffers; k++) {
 		if (!s->add[k].active)
 			continue;
-		more |= !add_some(w, k, PIECE);
+		/* Also when there is another one, or the next one has begun. */
+		more = true;
+		add_some(w, k, PIECE);
 		break;
 	}
 	watch(w, more);
