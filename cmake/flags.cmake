@@ -18,10 +18,15 @@ if(NOT CMAKE_BUILD_TYPE)
 endif()
 
 # Set by the presets asan, tsan, ubsan.
-set(SHARDMESH_SANITIZE "" CACHE STRING "address, thread or undefined; empty for none")
+set(SHARDMESH_SANITIZE "" CACHE STRING "address (with undefined), thread, undefined; empty for none")
 if(SHARDMESH_SANITIZE)
-	add_compile_options(-fsanitize=${SHARDMESH_SANITIZE} -fno-sanitize-recover=all)
-	add_link_options(-fsanitize=${SHARDMESH_SANITIZE})
+	# The two do not disturb each other, and one build less is minutes less.
+	set(shardmesh_sanitizers ${SHARDMESH_SANITIZE})
+	if(SHARDMESH_SANITIZE STREQUAL "address")
+		set(shardmesh_sanitizers address,undefined)
+	endif()
+	add_compile_options(-fsanitize=${shardmesh_sanitizers} -fno-sanitize-recover=all)
+	add_link_options(-fsanitize=${shardmesh_sanitizers})
 endif()
 
 # The fuzzers need the coverage of the code they drive; this costs the other tests of that preset little.
