@@ -356,10 +356,13 @@ static int read_object(struct cursor *c, struct found *f)
 
 int jsonl_parse(const uint8_t *line, size_t n, struct jsonl_line *out, char why[JSONL_WHY])
 {
-	struct cursor c = { line, line, line + n, why };
+	struct cursor c = { line, line, line, why };
 	struct found f = { 0 };
 	int rc;
 
+	if (!n)
+		return 1;
+	c.end += n;
 	skip_blank(&c);
 	if (c.p == c.end)
 		return 1;
