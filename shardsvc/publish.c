@@ -125,8 +125,10 @@ static void try_open(struct peer *p)
 	memcpy(p->provider, p->wanted, sizeof(p->provider));
 	p->wanted[0] = '\0';
 	rc = fabrics_get(s, p->provider, is_here(s, p->member), &p->fabric, &e);
-	if (!rc)
+	if (!rc) {
+		assert(p->fabric);
 		rc = p->fabric->ops->address(p->fabric->fab, p->serial, &address);
+	}
 	if (rc) {
 		p->fabric = NULL;
 		refuse_provider(p, e.text[0] ? e.text : strerror(-rc));
@@ -351,6 +353,7 @@ void peer_settle(struct peer *p)
 	const struct fab_ops *f = p->fabric ? p->fabric->ops : NULL;
 
 	assert(p->state == PEER_GONE && !p->conn);
+	assert(f || (!p->gradients && !p->ep && !p->inbox));
 	if (p->n_offers)
 		return;
 	if (p->gradients)

@@ -158,11 +158,12 @@ def pair_lost(directory):
     long = {"steps": 100, "eval_interval": 0, "eval_batches": 0}
     run(config(directory, **long), "--run-dir", directory / "launched")
     want = bits(directory / "launched", 100)
-    cut = ["worker", "--fabric", "fault:seed=2,disconnect=0.0003:local-copy"]
+    cut = ["worker", "--fabric", "fault:seed=2,disconnect=0.002:local-copy"]
     by_hand_job(directory, [["shardsvc"], ["shardsvc"], cut, ["worker"]], may_fail=cut, workers=2, **long)
     same_bits("without one", bits(directory / "hand", 100), want)
     workers = [json.loads(line)["workers"] for line in (directory / "hand/steps.jsonl").open()]
-    check(workers[0] == 2 and workers[-1] == 1, f"workers in steps.jsonl: {workers}")
+    # It was there: the first step opens when both are ready. It may have gone before that step was over.
+    check(workers[-1] == 1, f"workers in steps.jsonl: {workers}")
 
 
 def by_hand_job(directory, members, may_fail=None, **changes):
