@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 static int lay_networks(const struct fab_flags *f, struct job_config *c, struct err *e)
@@ -101,6 +102,26 @@ free_events:
 	return code;
 }
 
+/* Beside members: the log, the run directory, the loop, meshctl's watchers and exports. */
+#define DESCRIPTORS_APART 16
+
+/* Who could not be let in would wait for nothing: said before anybody is asked to come. */
+static int descriptors_check(const struct job_config *c, struct err *e)
+{
+	uint64_t need = (uint64_t)c->shards + c->workers + DESCRIPTORS_APART;
+	struct rlimit r;
+
+	if (getrlimit(RLIMIT_NOFILE, &r) || r.rlim_cur >= need)
+		return 0;
+	r.rlim_cur = need < r.rlim_max ? need : r.rlim_max;
+	if (r.rlim_cur >= need && !setrlimit(RLIMIT_NOFILE, &r))
+		return 0;
+	return err_set(e, -EMFILE,
+		       "Too many open files: %u members need %llu file descriptors here, the limit is %llu "
+		       "(ulimit -n)",
+		       c->shards + c->workers, (unsigned long long)need, (unsigned long long)r.rlim_max);
+}
+
 static int coordinate(struct service *s, struct job_config *c, const char *listen, const char *token_file)
 {
 	struct coordinator_config cfg = { .listen = listen, .job = c, .run_dir = c->run_dir };
@@ -109,6 +130,10 @@ static int coordinate(struct service *s, struct job_config *c, const char *liste
 	struct err e = { 0 };
 	int code = EXIT_CONFIG;
 
+	if (descriptors_check(c, &e)) {
+		fprintf(stderr, "meshctl coordinator: %s\n", e.text);
+		return EXIT_JOB_FAILED;
+	}
 	if (batch_resolve(c, c->workers, &cfg.batch, &e) || k_profile_detect(c->math, &profile, reason, &e) ||
 	    token_load(token_file, &s->self.token, &e)) {
 		fprintf(stderr, "meshctl coordinator: %s\n", e.text);
