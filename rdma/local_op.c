@@ -16,17 +16,13 @@
  * executed in the order they were posted (users may not rely on it).
  */
 #include "rdma/local.h"
+#include "rdma/providers.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <unistd.h>
-
-static int check_range(uint64_t offset, uint64_t bytes, uint64_t all)
-{
-	return offset > all || bytes > all - offset ? -ERANGE : 0;
-}
 
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
@@ -38,8 +34,8 @@ static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_a
 		return -EINVAL;
 	if (op->remote->access != needed)
 		return -EPERM;
-	ret = check_range(op->remote_offset, op->bytes, op->remote->bytes);
-	return ret ? ret : check_range(op->local_offset, op->bytes, op->local->bytes);
+	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->bytes);
+	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
 }
 
 static int check_batch(const struct fab_ep *ep, const struct fab_op *op, uint32_t n, enum fab_access needed)

@@ -20,6 +20,7 @@
  * is freed when its owner and its readers have closed it.
  */
 #include "rdma/local.h"
+#include "rdma/providers.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -31,11 +32,6 @@
 #include <unistd.h>
 
 #define DESC_MAGIC 0x314d4d53u /* "SMM1" */
-
-static const char *region_name(const struct fab_region_attr *a)
-{
-	return a->name ? a->name : "region";
-}
 
 /* Huge pages when they are asked for and there; else ordinary ones, and the log says why. */
 static int region_map_huge(struct fab_region *r, const char *name, uint64_t bytes)
@@ -100,7 +96,7 @@ static int region_map(struct fab_region *r, const struct fab_region_attr *a)
 	char name[128];
 	int ret;
 
-	snprintf(name, sizeof(name), "shardmesh-%s-%u-%s", r->fab->job, r->fab->member, region_name(a));
+	snprintf(name, sizeof(name), "shardmesh-%s-%u-%s", r->fab->job, r->fab->member, fab_region_name(a));
 	if (a->memory != FAB_HUGEPAGE)
 		return region_map_normal(r, name, a->bytes);
 	ret = region_map_huge(r, name, a->bytes);
@@ -109,7 +105,7 @@ static int region_map(struct fab_region *r, const struct fab_region_attr *a)
 	log_warn(r->fab->log,
 		 "region %s: no huge pages (%s): ordinary pages instead, transparent huge pages where the kernel has "
 		 "them; sysctl vm.nr_hugepages sets huge pages aside",
-		 region_name(a), strerror(-ret));
+		 fab_region_name(a), strerror(-ret));
 	ret = region_map_normal(r, name, a->bytes);
 	/* A wish: the kernel may be configured not to have them for shared memory. */
 	if (!ret)
@@ -119,18 +115,10 @@ static int region_map(struct fab_region *r, const struct fab_region_attr *a)
 
 static int region_check(const struct fab_region_attr *a, struct err *e)
 {
-	if (a->memory == FAB_CUDA)
-		return err_set(
-			e, -ENOTSUP,
-			"region %s: GPU memory (device %d) is not shared by the fabric \"local\", only host memory",
-			region_name(a), a->device);
 	if (a->at && a->access != FAB_LOCAL)
 		return err_set(e, -ENOTSUP, "region %s: the fabric \"local\" shares only memory that it made itself",
-			       region_name(a));
-	if (a->bytes == 0 || a->bytes > (uint64_t)1 << 46)
-		return err_set(e, -EINVAL, "region %s: %llu bytes is not a size", region_name(a),
-			       (unsigned long long)a->bytes);
-	return 0;
+			       fab_region_name(a));
+	return fab_region_check(a, "local", e);
 }
 
 /* A memfd, populated and sealed. */
@@ -171,10 +159,10 @@ int local_region_open(struct fab *f, const struct fab_region_attr *a, struct fab
 		return ret;
 	r = calloc(1, sizeof(*r));
 	if (!r)
-		return err_set(e, -ENOMEM, "region %s: no memory", region_name(a));
+		return err_set(e, -ENOMEM, "region %s: no memory", fab_region_name(a));
 	r->fab = f;
 	r->access = a->access;
-	snprintf(r->name, sizeof(r->name), "%s", region_name(a));
+	snprintf(r->name, sizeof(r->name), "%s", fab_region_name(a));
 	ret = a->at ? region_adopt(r, a) : region_make(r, a);
 	if (ret)
 		goto err_free;
@@ -183,7 +171,7 @@ int local_region_open(struct fab *f, const struct fab_region_attr *a, struct fab
 	return 0;
 err_free:
 	free(r);
-	return err_set(e, ret, "region %s: %s of shared memory: %s", region_name(a), bytes_text(a->bytes, size),
+	return err_set(e, ret, "region %s: %s of shared memory: %s", fab_region_name(a), bytes_text(a->bytes, size),
 		       strerror(-ret));
 }
 

@@ -1,11 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* rdma, private: the ops tables that fabric.c chooses from. */
+/* rdma, private: the ops tables that fabric.c chooses from, and what they share. */
 #ifndef SHARDMESH_PROVIDERS_H
 #define SHARDMESH_PROVIDERS_H
 
 #include "rdma/fabric.h"
 
+#include <errno.h>
+
 extern const struct fab_ops fab_local_ops, fab_local_copy_ops, fab_ofi_ops, fab_verbs_ops;
+
+/* memory.c: what providers do alike. */
+
+const char *fab_region_name(const struct fab_region_attr *a);
+/* -ENOTSUP: not host memory; -EINVAL: no size. */
+int fab_region_check(const struct fab_region_attr *a, const char *provider, struct err *e);
+/* Private memory, populated: huge pages when they are asked for and there, else ordinary ones, and the log says why. */
+int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **base, uint64_t *bytes);
+/* fab_ops.map where memory is not shared. */
+int fab_no_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out);
+
+/* -ERANGE: [offset, offset + bytes) is not inside of all. */
+static inline int fab_range_check(uint64_t offset, uint64_t bytes, uint64_t all)
+{
+	return offset > all || bytes > all - offset ? -ERANGE : 0;
+}
 
 /* fault.c: --fabric "fault:SPEC:provider" */
 #define FAULT_PREFIX "fault:"

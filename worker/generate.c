@@ -223,11 +223,6 @@ const struct model_config *generator_model(const struct generator *g)
 	return &g->model;
 }
 
-const char *generator_profile(const struct generator *g)
-{
-	return g->profile.text;
-}
-
 /* ----------------------------------------------------------------- forward */
 
 /* Rows [first, first + n) of the context; of the logits only the last row's are made, and only if wanted. */

@@ -29,8 +29,6 @@ struct generator_config {
 int generator_open(const struct generator_config *cfg, struct generator **out, struct err *e);
 void generator_free(struct generator *g); /* NULL allowed */
 const struct model_config *generator_model(const struct generator *g);
-/* The canonical math profile the numbers were made with. */
-const char *generator_profile(const struct generator *g);
 /*
  * Appends n >= 1 tokens to the context. A context that outgrows the cache
  * loses its older half. -EINVAL: a token is not in the vocabulary.

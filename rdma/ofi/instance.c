@@ -232,16 +232,6 @@ static bool ofi_arm(struct fab *f)
 	return empty;
 }
 
-static int ofi_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out)
-{
-	(void)r;
-	(void)offset;
-	(void)bytes;
-	(void)at;
-	(void)out;
-	return -ENOTSUP;
-}
-
 static const struct fab_counters *ofi_counters(const struct fab *f)
 {
 	return &f->counters;
@@ -265,7 +255,7 @@ const struct fab_ops fab_ofi_ops = {
 	.import_region = ofi_import,
 	.remote_close = ofi_remote_close,
 	.remote_bytes = ofi_remote_bytes,
-	.map = ofi_map,
+	.map = fab_no_map,
 	.read = ofi_read,
 	.write_notify = ofi_write_notify,
 	.poll = ofi_poll,

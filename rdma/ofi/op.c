@@ -21,6 +21,7 @@
  * that endpoint passes for a notice.
  */
 #include "rdma/ofi/ofi.h"
+#include "rdma/providers.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -32,11 +33,6 @@ _Static_assert(OFI_NOTICES_ENOUGH + COMPLETIONS_AT_ONCE <= OFI_NOTICES, "what is
 
 /* ------------------------------------------------------------- user's thread */
 
-static int check_range(uint64_t offset, uint64_t bytes, uint64_t all)
-{
-	return offset > all || bytes > all - offset ? -ERANGE : 0;
-}
-
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
 	int ret;
@@ -47,8 +43,8 @@ static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_a
 		return -EINVAL;
 	if (op->remote->access != needed)
 		return -EPERM;
-	ret = check_range(op->remote_offset, op->bytes, op->remote->bytes);
-	return ret ? ret : check_range(op->local_offset, op->bytes, op->local->bytes);
+	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->bytes);
+	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
 }
 
 static void take_idle(struct fab_ep *ep, const struct fab_op *op, bool write, struct ofi_ops *out)

@@ -9,6 +9,7 @@
  * a region has one registration and one key.
  */
 #include "rdma/ofi/ofi.h"
+#include "rdma/providers.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -18,44 +19,12 @@
 #include <unistd.h>
 
 #define DESC_MAGIC 0x31524f53u /* "SOR1" */
-#define HUGE_PAGE_BYTES (2ull << 20)
 
 /* What an export's blob holds. */
 struct ofi_desc {
 	uint32_t magic, access; /* enum fab_access */
 	uint64_t at, key, bytes;
 };
-
-static const char *region_name(const struct fab_region_attr *a)
-{
-	return a->name ? a->name : "region";
-}
-
-/* -------------------------------------------------------------------- memory */
-
-static int map_pages(struct fab_region *r, uint64_t bytes, uint64_t page, int flags)
-{
-	r->bytes = round_up_u64(bytes, page);
-	r->base = mmap(NULL, r->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE | flags, -1,
-		       0);
-	return r->base == MAP_FAILED ? -errno : 0;
-}
-
-/* Huge pages when they are asked for and there; else ordinary ones, and the log says why. */
-static int memory_make(struct fab_region *r, const struct fab_region_attr *a)
-{
-	int ret = -ENOTSUP;
-
-	if (a->memory == FAB_HUGEPAGE) {
-		ret = map_pages(r, a->bytes, HUGE_PAGE_BYTES, MAP_HUGETLB);
-		if (ret)
-			log_warn(r->fab->log,
-				 "region %s: no huge pages (%s): ordinary pages instead; sysctl vm.nr_hugepages sets "
-				 "huge pages aside",
-				 region_name(a), strerror(-ret));
-	}
-	return ret ? map_pages(r, a->bytes, (uint64_t)sysconf(_SC_PAGESIZE), 0) : 0;
-}
 
 static void memory_free(struct fab_region *r)
 {
@@ -198,31 +167,20 @@ static void run_region_end(void *ctx)
 
 /* -------------------------------------------------------------------- regions */
 
-static int region_check(const struct fab_region_attr *a, struct err *e)
-{
-	if (a->memory == FAB_CUDA)
-		return err_set(e, -ENOTSUP, "region %s: the fabric \"ofi\" has host memory alone, not GPU %d's",
-			       region_name(a), a->device);
-	if (a->bytes == 0 || a->bytes > (uint64_t)1 << 46)
-		return err_set(e, -EINVAL, "region %s: %llu bytes is not a size", region_name(a),
-			       (unsigned long long)a->bytes);
-	return 0;
-}
-
 int ofi_region_open(struct fab *f, const struct fab_region_attr *a, struct fab_region **out, struct err *e)
 {
 	struct fab_region *r;
 	char size[24];
-	int ret = region_check(a, e);
+	int ret = fab_region_check(a, "ofi", e);
 
 	if (ret)
 		return ret;
 	r = calloc(1, sizeof(*r));
 	if (!r)
-		return err_set(e, -ENOMEM, "region %s: no memory", region_name(a));
+		return err_set(e, -ENOMEM, "region %s: no memory", fab_region_name(a));
 	*r = (struct fab_region){ .fab = f, .access = a->access, .adopted = a->at, .base = a->at, .bytes = a->bytes };
 	TAILQ_INIT(&r->exports);
-	ret = a->at ? 0 : memory_make(r, a);
+	ret = a->at ? 0 : fab_memory_map(f->log, a, &r->base, &r->bytes);
 	if (ret)
 		goto err_free;
 	ret = register_own(r);
@@ -235,8 +193,8 @@ err_memory:
 	memory_free(r);
 err_free:
 	free(r);
-	return err_set(e, ret, "region %s: %s of memory for libfabric: %s", region_name(a), bytes_text(a->bytes, size),
-		       strerror(-ret));
+	return err_set(e, ret, "region %s: %s of memory for libfabric: %s", fab_region_name(a),
+		       bytes_text(a->bytes, size), strerror(-ret));
 }
 
 void ofi_region_close(struct fab_region *r)

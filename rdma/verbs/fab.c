@@ -342,16 +342,6 @@ static bool verbs_arm(struct fab *f)
 	return TAILQ_EMPTY(&f->signals);
 }
 
-static int verbs_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out)
-{
-	(void)r;
-	(void)offset;
-	(void)bytes;
-	(void)at;
-	(void)out;
-	return -ENOTSUP;
-}
-
 static const struct fab_counters *verbs_counters(const struct fab *f)
 {
 	return &f->counters;
@@ -375,7 +365,7 @@ const struct fab_ops fab_verbs_ops = {
 	.import_region = vb_import,
 	.remote_close = vb_remote_close,
 	.remote_bytes = vb_remote_bytes,
-	.map = verbs_map,
+	.map = fab_no_map,
 	.read = vb_read,
 	.write_notify = vb_write_notify,
 	.poll = verbs_poll,

@@ -24,17 +24,13 @@
  * owner expects repeats.
  */
 #include "rdma/verbs/verbs.h"
+#include "rdma/providers.h"
 
 #include <errno.h>
 
 #define UNHEARD_BYTES (64u << 10) /* of a chain; then one in the middle is signalled too */
 
 /* ------------------------------------------------------------------- posting */
-
-static int check_range(uint64_t offset, uint64_t bytes, uint64_t all)
-{
-	return offset > all || bytes > all - offset ? -ERANGE : 0;
-}
 
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
@@ -46,8 +42,8 @@ static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_a
 		return -EINVAL;
 	if (op->remote->desc.access != needed)
 		return -EPERM;
-	ret = check_range(op->remote_offset, op->bytes, op->remote->desc.bytes);
-	return ret ? ret : check_range(op->local_offset, op->bytes, op->local->bytes);
+	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->desc.bytes);
+	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
 }
 
 static int post(struct fab_ep *ep, const struct fab_op *op, uint32_t n, bool write)

@@ -38,9 +38,7 @@ static void retry_later(struct vb_rail *r)
 	uint64_t wait = VB_RETRY_FIRST_NS;
 
 	if (r->attempts > 0)
-		wait = VB_RETRY_NS << (r->attempts > 4 ? 3 : r->attempts - 1);
-	if (wait > VB_RETRY_MAX_NS)
-		wait = VB_RETRY_MAX_NS;
+		wait = VB_RETRY_NS << (r->attempts > VB_RETRY_DOUBLINGS ? VB_RETRY_DOUBLINGS : r->attempts - 1);
 	r->attempts++;
 	r->retry_ns = clock_now_ns() + wait;
 }

@@ -22,6 +22,7 @@
  * GPU memory would come here as a dma-buf (ibv_reg_dmabuf_mr in mr_open).
  */
 #include "rdma/verbs/verbs.h"
+#include "rdma/providers.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -30,7 +31,6 @@
 #include <unistd.h>
 
 #define DESC_MAGIC 0x314d4256u /* "VBM1" */
-#define HUGE_BYTES (2u << 20)
 #define CAP_IPC_LOCK_BIT 14
 
 /* ------------------------------------------------------------ locked memory */
@@ -83,45 +83,6 @@ static int memlock_check(struct fab *f, uint64_t need, struct err *e)
 
 	vb_memlock(&limit, &privileged);
 	return vb_memlock_check(need, f->locked_bytes, limit, privileged, e);
-}
-
-/* -------------------------------------------------------------------- memory */
-
-static const char *region_name(const struct fab_region_attr *a)
-{
-	return a->name ? a->name : "region";
-}
-
-static int map_pages(struct fab_region *r, uint64_t bytes, int flags)
-{
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
-
-	if (at == MAP_FAILED)
-		return -errno;
-	r->base = at;
-	r->bytes = r->mapped = bytes;
-	return 0;
-}
-
-/* Huge pages when they are asked for and there; the NIC then needs few entries for the whole region. */
-static int map_memory(struct fab_region *r, const struct fab_region_attr *a)
-{
-	int ret = -ENOMEM;
-
-	if (a->memory == FAB_HUGEPAGE) {
-		ret = map_pages(r, round_up_u64(a->bytes, HUGE_BYTES), MAP_HUGETLB);
-		if (ret)
-			log_warn(r->fab->log,
-				 "region %s: no huge pages (%s): ordinary pages instead, transparent huge pages where "
-				 "the kernel has them; sysctl vm.nr_hugepages sets huge pages aside",
-				 region_name(a), strerror(-ret));
-	}
-	if (ret) {
-		ret = map_pages(r, round_up_u64(a->bytes, (uint64_t)sysconf(_SC_PAGESIZE)), 0);
-		if (!ret && a->memory == FAB_HUGEPAGE)
-			(void)madvise(r->base, r->bytes, MADV_HUGEPAGE);
-	}
-	return ret;
 }
 
 /* --------------------------------------------------------------- registration */
@@ -183,18 +144,6 @@ static int mrs_open(struct fab_region *r, struct fab_ep *ep)
 	return ret;
 }
 
-static int region_check(const struct fab_region_attr *a, struct err *e)
-{
-	if (a->memory == FAB_CUDA)
-		return err_set(e, -ENOTSUP,
-			       "region %s: memory of GPU %d is not registered with a NIC yet, only host memory",
-			       region_name(a), a->device);
-	if (a->bytes == 0 || a->bytes > (uint64_t)1 << 46)
-		return err_set(e, -EINVAL, "region %s: %llu bytes is not a size", region_name(a),
-			       (unsigned long long)a->bytes);
-	return 0;
-}
-
 static int region_pieces(struct fab_region *r, const struct fab_region_attr *a, struct err *e)
 {
 	struct fab *f = r->fab;
@@ -204,9 +153,9 @@ static int region_pieces(struct fab_region *r, const struct fab_region_attr *a, 
 	if (r->access != FAB_LOCAL && r->n_pieces * f->n_ports > VB_KEYS_MAX)
 		return err_set(e, -E2BIG,
 			       "region %s: %u pieces on %u ports are more keys than an export has room for (%u)",
-			       region_name(a), r->n_pieces, f->n_ports, VB_KEYS_MAX);
+			       fab_region_name(a), r->n_pieces, f->n_ports, VB_KEYS_MAX);
 	r->mr = calloc((size_t)f->n_devs * r->n_pieces, sizeof(struct ibv_mr *));
-	return r->mr ? 0 : err_set(e, -ENOMEM, "region %s: no memory", region_name(a));
+	return r->mr ? 0 : err_set(e, -ENOMEM, "region %s: no memory", fab_region_name(a));
 }
 
 static int region_register(struct fab_region *r, const struct fab_region_attr *a, struct err *e)
@@ -214,12 +163,12 @@ static int region_register(struct fab_region *r, const struct fab_region_attr *a
 	int ret = memlock_check(r->fab, r->bytes * r->fab->n_devs, e);
 
 	if (ret) {
-		err_prefix(e, "region %s", region_name(a));
+		err_prefix(e, "region %s", fab_region_name(a));
 		return ret;
 	}
 	/* An inbox is registered for the one that it is exported to. */
 	ret = r->access == FAB_REMOTE_WRITE ? 0 : mrs_open(r, NULL);
-	return ret ? err_set(e, ret, "region %s: it cannot be registered: %s", region_name(a), strerror(-ret)) : 0;
+	return ret ? err_set(e, ret, "region %s: it cannot be registered: %s", fab_region_name(a), strerror(-ret)) : 0;
 }
 
 static void region_free(struct fab_region *r)
@@ -234,24 +183,25 @@ int vb_region_open(struct fab *f, const struct fab_region_attr *a, struct fab_re
 {
 	struct fab_region *r;
 	char size[24];
-	int ret = region_check(a, e);
+	int ret = fab_region_check(a, "verbs", e);
 
 	if (ret)
 		return ret;
 	r = calloc(1, sizeof(*r));
 	if (!r)
-		return err_set(e, -ENOMEM, "region %s: no memory", region_name(a));
+		return err_set(e, -ENOMEM, "region %s: no memory", fab_region_name(a));
 	r->fab = f;
 	r->access = a->access;
-	snprintf(r->name, sizeof(r->name), "%s", region_name(a));
+	snprintf(r->name, sizeof(r->name), "%s", fab_region_name(a));
 	if (a->at) {
 		r->base = a->at;
 		r->bytes = a->bytes;
 	} else {
-		ret = map_memory(r, a);
+		ret = fab_memory_map(f->log, a, &r->base, &r->mapped);
+		r->bytes = r->mapped;
 		if (ret)
-			ret = err_set(e, ret, "region %s: %s of memory: %s", region_name(a), bytes_text(a->bytes, size),
-				      strerror(-ret));
+			ret = err_set(e, ret, "region %s: %s of memory: %s", fab_region_name(a),
+				      bytes_text(a->bytes, size), strerror(-ret));
 	}
 	if (!ret)
 		ret = region_pieces(r, a, e);

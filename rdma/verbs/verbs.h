@@ -47,10 +47,10 @@
 #define VB_DRAIN_NS (1 * VB_S)      /* then the queue pair is destroyed as it is */
 #define VB_RECEIVES_NS (30 * VB_MS) /* soft-RoCE does not flush receives */
 #define VB_RETRY_FIRST_NS (20 * VB_MS)
-#define VB_RETRY_NS (125 * VB_MS)
-#define VB_RETRY_MAX_NS (1 * VB_S)
-#define VB_STEADY_NS (2 * VB_S) /* up for so long: the next break is a new story */
-#define VB_LOOK_NS (1 * VB_S)   /* how often a rail of which we only serve is asked for its state */
+#define VB_RETRY_NS (125 * VB_MS) /* then, doubled with every try */
+#define VB_RETRY_DOUBLINGS 3      /* to 1 s */
+#define VB_STEADY_NS (2 * VB_S)   /* up for so long: the next break is a new story */
+#define VB_LOOK_NS (1 * VB_S)     /* how often a rail of which we only serve is asked for its state */
 
 _Static_assert(VB_OPS >= FAB_BATCH_MAX && VB_SQ_DEPTH >= VB_CHAIN, "a batch and a chain fit");
 
@@ -475,7 +475,6 @@ int vb_ep_pd(struct fab_ep *ep, const struct vb_dev *d, struct ibv_pd **out);
 /* The timer runs at least this often from now on; the next quiet tick slows it. */
 void vb_timer(struct fab *f, uint64_t interval_ns);
 int vb_watch(struct fab *f, int fd, void *who);
-void vb_unwatch(struct fab *f, int fd);
 int vb_random(void *out, size_t bytes);
 void vb_signal_push(struct fab *f, struct fab_ep *ep, uint64_t user, const void *data, size_t bytes);
 
