@@ -110,24 +110,6 @@ static int open_openblas(enum k_isa isa, struct blas *b, struct err *e)
 	return 0;
 }
 
-int blas_open(enum k_library library, enum k_isa isa, struct blas *out, struct err *e)
-{
-	struct blas b = { .library = library };
-	int rc = 0;
-
-	if (library != K_LIB_PORTABLE)
-		impose_environment(isa);
-	if (library == K_LIB_DNNL)
-		rc = open_dnnl(isa, &b, e);
-	else if (library == K_LIB_OPENBLAS)
-		rc = open_openblas(isa, &b, e);
-	else
-		snprintf(b.version, sizeof(b.version), "1");
-	if (rc == 0)
-		*out = b;
-	return rc;
-}
-
 void blas_thread_init(const struct blas *b)
 {
 	if (b->omp_set_num_threads)
@@ -144,4 +126,62 @@ void blas_gemm(const struct blas *b, const struct gemm *g)
 	}
 	b->cblas(CBLAS_ROW_MAJOR, g->ta ? CBLAS_TRANS : CBLAS_NO_TRANS, g->tb ? CBLAS_TRANS : CBLAS_NO_TRANS, (int)g->m,
 		 (int)g->n, (int)g->k, 1.0f, g->a, (int)g->lda, g->b, (int)g->ldb, g->beta, g->c, (int)g->ldc);
+}
+
+/* A weight gradient's layout: the first operand is stored transposed. */
+static bool adds_one(const struct blas *b, uint32_t m, uint32_t n, uint32_t k, const float *in, float *out)
+{
+	const size_t all = (size_t)m * n;
+	struct gemm g = { .ta = true, .m = m, .n = n, .k = k, .a = in, .lda = m, .b = in + 7, .ldb = n, .ldc = n };
+	bool same = true;
+
+	for (size_t i = 0; i < all; i++)
+		out[i] = in[i % 1000];
+	g.beta = 1.0f;
+	g.c = out;
+	blas_gemm(b, &g);
+	g.beta = 0.0f;
+	g.c = out + all;
+	blas_gemm(b, &g);
+	for (size_t i = 0; i < all; i++)
+		same = same && out[i] == in[i % 1000] + out[all + i];
+	return same;
+}
+
+static bool adds_products(const struct blas *b)
+{
+	static const uint32_t shape[][3] = { { 192, 400, 128 }, { 50, 97, 128 }, { 17, 16, 127 }, { 96, 48, 64 } };
+	enum { IN = 7 + 400 * 128, OUT = 2 * 192 * 400 };
+	float *in = malloc((IN + OUT) * sizeof(*in));
+	uint32_t x = 1;
+	bool same = in;
+
+	for (uint32_t i = 0; in && i < IN; i++) {
+		x = x * 1664525u + 1013904223u;
+		in[i] = (float)(int32_t)x * 0x1p-31f;
+	}
+	for (size_t i = 0; same && i < ARRAY_LEN(shape); i++)
+		same = adds_one(b, shape[i][0], shape[i][1], shape[i][2], in, in + IN);
+	free(in);
+	return same;
+}
+
+int blas_open(enum k_library library, enum k_isa isa, struct blas *out, struct err *e)
+{
+	struct blas b = { .library = library };
+	int rc = 0;
+
+	if (library != K_LIB_PORTABLE)
+		impose_environment(isa);
+	if (library == K_LIB_DNNL)
+		rc = open_dnnl(isa, &b, e);
+	else if (library == K_LIB_OPENBLAS)
+		rc = open_openblas(isa, &b, e);
+	else
+		snprintf(b.version, sizeof(b.version), "1");
+	if (rc)
+		return rc;
+	b.adds_products = library == K_LIB_PORTABLE || adds_products(&b);
+	*out = b;
+	return 0;
 }

@@ -112,9 +112,9 @@ static void data_task(const struct linear_backward_job *j, uint32_t task, float 
 	}
 }
 
-/* One leaf of a weight tile into c. W is [in][out]: x^T dy; [out][in]: dy^T x. */
-static void weight_leaf(const struct linear_backward_job *j, uint32_t mb, const struct tile *t, float *c, size_t ldc,
-			float *scratch)
+/* One leaf of a weight tile into c, or added to it. W is [in][out]: x^T dy; [out][in]: dy^T x. */
+static void weight_leaf(const struct linear_backward_job *j, uint32_t mb, const struct tile *t, const struct rect *c,
+			bool add, float *scratch)
 {
 	const struct k_linear_backward *a = j->a;
 	const float *x = a->x + (size_t)mb * a->rows * a->in, *dy = a->dy + (size_t)mb * a->rows * a->out;
@@ -128,9 +128,9 @@ static void weight_leaf(const struct linear_backward_job *j, uint32_t mb, const 
 		.lda = a->w_out_in ? a->out : a->in,
 		.b = (a->w_out_in ? x : dy) + t->col,
 		.ldb = a->w_out_in ? a->in : a->out,
-		.beta = a->dw_add ? 1.0f : 0.0f,
-		.c = c,
-		.ldc = ldc,
+		.beta = add ? 1.0f : 0.0f,
+		.c = c->p,
+		.ldc = c->ld,
 	};
 	stream_gemm(j->s, &g, scratch);
 }
@@ -146,9 +146,13 @@ static void weight_task(const struct linear_backward_job *j, uint32_t task, floa
 	for (uint32_t i = 1; i < tree_slots(a->n_mb); i++)
 		slot[i] = (struct rect){ stack + (i - 1) * j->tile_floats, t.cols, t.rows, t.cols };
 	for (uint32_t k = 0; k < a->n_mb; k++) {
-		uint32_t top = tree_slot(k);
-		weight_leaf(j, k, &t, slot[top].p, slot[top].ld, scratch);
-		for (uint32_t m = tree_merges(k, a->n_mb); m > 0; m--, top--)
+		uint32_t top = tree_slot(k), merges = tree_merges(k, a->n_mb);
+		/* The product itself adds a leaf to its sibling, where that gives the same bits. */
+		bool add = merges > 0 && j->s->blas.adds_products && a->rows <= BLAS_ADDED_INNER_MAX;
+
+		top -= add;
+		weight_leaf(j, k, &t, &slot[top], add || a->dw_add, scratch);
+		for (merges -= add; merges > 0; merges--, top--)
 			j->s->isa->add_rect(&slot[top - 1], slot[top].p, slot[top].ld);
 	}
 }

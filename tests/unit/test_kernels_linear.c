@@ -254,47 +254,74 @@ static void backward_matches_differences(void **state)
 }
 
 /* A span's weight gradient is the tree of its micro-batches' own; their activations do not depend on the span. */
+static void check_span(struct fixture *f, const struct shape *s)
+{
+	struct buffers b = buffers_open(s);
+	size_t leaf = b.nw + s->out;
+	float *leaves = test_floats(s->n_mb * leaf), *dx = test_floats(b.nx), *y = test_floats(b.ny);
+	const struct k_linear fwd = forward_of(s, &b);
+	const struct k_linear_backward bwd = backward_of(s, &b);
+
+	f->ops->linear(f->s, &fwd);
+	f->ops->linear_backward(f->s, &bwd);
+	for (uint32_t k = 0; k < s->n_mb; k++) {
+		struct k_linear one = fwd;
+		struct k_linear_backward back = bwd;
+		one.n_mb = back.n_mb = 1;
+		one.x = back.x = b.x + (size_t)k * s->rows * s->in;
+		one.y = y + (size_t)k * s->rows * s->out;
+		back.dy = b.dy + (size_t)k * s->rows * s->out;
+		back.dx = dx + (size_t)k * s->rows * s->in;
+		back.dw = leaves + k * leaf;
+		back.db = back.dw + b.nw;
+		f->ops->linear(f->s, &one);
+		f->ops->linear_backward(f->s, &back);
+	}
+	fixture_wait(f);
+	test_tree(leaves, s->n_mb, leaf);
+	assert_bits("y", y, b.y, b.ny * sizeof(float));
+	assert_bits("dx", dx, b.dx, b.nx * sizeof(float));
+	assert_bits("dw", leaves, b.dw, b.nw * sizeof(float));
+	assert_bits("db", leaves + b.nw, b.db, s->out * sizeof(float));
+	free(leaves);
+	free(dx);
+	free(y);
+	buffers_close(&b);
+}
+
 static void span_is_the_tree_of_its_leaves(void **state)
 {
 	(void)state;
 	for (uint32_t n_mb = 1; n_mb <= 9; n_mb++) {
 		const struct shape s = { n_mb, 20, 130, 210, n_mb % 2 };
 		const struct k_dims dims = dims_of(&s);
-		struct buffers b = buffers_open(&s);
-		size_t leaf = b.nw + s.out;
-		float *leaves = test_floats(n_mb * leaf), *dx = test_floats(b.nx), *y = test_floats(b.ny);
 		struct fixture f;
 
 		assert_true(fixture_open(&f, k_cpu_ops(), "", 2, &dims));
-		const struct k_linear fwd = forward_of(&s, &b);
-		const struct k_linear_backward bwd = backward_of(&s, &b);
-		f.ops->linear(f.s, &fwd);
-		f.ops->linear_backward(f.s, &bwd);
-		for (uint32_t k = 0; k < n_mb; k++) {
-			struct k_linear one = fwd;
-			struct k_linear_backward back = bwd;
-			one.n_mb = back.n_mb = 1;
-			one.x = back.x = b.x + (size_t)k * s.rows * s.in;
-			one.y = y + (size_t)k * s.rows * s.out;
-			back.dy = b.dy + (size_t)k * s.rows * s.out;
-			back.dx = dx + (size_t)k * s.rows * s.in;
-			back.dw = leaves + k * leaf;
-			back.db = back.dw + b.nw;
-			f.ops->linear(f.s, &one);
-			f.ops->linear_backward(f.s, &back);
-		}
-		fixture_wait(&f);
-		test_tree(leaves, n_mb, leaf);
-		assert_bits("y", y, b.y, b.ny * sizeof(float));
-		assert_bits("dx", dx, b.dx, b.nx * sizeof(float));
-		assert_bits("dw", leaves, b.dw, b.nw * sizeof(float));
-		assert_bits("db", leaves + b.nw, b.db, s.out * sizeof(float));
+		check_span(&f, &s);
 		fixture_close(&f);
-		free(leaves);
-		free(dx);
-		free(y);
-		buffers_close(&b);
 	}
+}
+
+/* The product may add a leaf to its sibling itself: in every library, at the most rows for which that is done. */
+static void products_add_leaves_like_the_tree(void **state)
+{
+	static const struct shape spans[] = {
+		{ 2, 128, 768, 784, 0 }, { 3, 127, 770, 193, 1 }, { 4, 129, 192, 768, 0 },
+		{ 5, 64, 100, 2304, 1 }, { 2, 1, 48, 96, 0 },     { 3, 17, 1632, 16, 1 },
+	};
+
+	(void)state;
+	for (size_t p = 0; p < ARRAY_LEN(test_profiles); p++)
+		for (size_t i = 0; i < ARRAY_LEN(spans); i++) {
+			const struct k_dims dims = dims_of(&spans[i]);
+			struct fixture f;
+
+			if (!fixture_open(&f, k_cpu_ops(), test_profiles[p], 2, &dims))
+				continue;
+			check_span(&f, &spans[i]);
+			fixture_close(&f);
+		}
 }
 
 /* Each output may be left out, and the others do not change. */
@@ -372,9 +399,13 @@ static void weight_gradient_adds(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(every_library_matches_naive),  cmocka_unit_test(activations_match),
-		cmocka_unit_test(backward_matches_differences), cmocka_unit_test(span_is_the_tree_of_its_leaves),
-		cmocka_unit_test(outputs_are_optional),         cmocka_unit_test(weight_gradient_adds),
+		cmocka_unit_test(every_library_matches_naive),
+		cmocka_unit_test(activations_match),
+		cmocka_unit_test(backward_matches_differences),
+		cmocka_unit_test(span_is_the_tree_of_its_leaves),
+		cmocka_unit_test(products_add_leaves_like_the_tree),
+		cmocka_unit_test(outputs_are_optional),
+		cmocka_unit_test(weight_gradient_adds),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
