@@ -11,48 +11,6 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-static int lay_networks(const struct fab_flags *f, struct job_config *c, struct err *e)
-{
-	struct fab_setting s[FAB_SETTINGS];
-	struct fab_options checked = { .devices = NULL };
-	int rc = fab_flags_apply(f, &checked, e);
-
-	fab_flags_settings(f, s);
-	for (uint32_t i = 0; i < FAB_SETTINGS && !rc; i++)
-		if (s[i].value && job_config_set_rdma(c, s[i].name, s[i].value))
-			rc = err_set(e, -ENOMEM, "out of memory");
-	return rc;
-}
-
-int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c)
-{
-	struct job_overrides over = {
-		.shards = f->shards,
-		.workers = f->workers,
-		.threads = f->threads,
-		.steps = f->steps,
-		.seed = seed_given ? &f->seed : NULL,
-		.run_dir = f->run_dir,
-		.fabric = f->fabric.fabric,
-	};
-	struct err e = { 0 };
-
-	if (!f->config) {
-		fprintf(stderr, "meshctl: --config FILE is missing: a DeepSpeed JSON with a \"shardmesh\" section\n");
-		return EXIT_USAGE;
-	}
-	if (job_config_load(f->config, c, &e)) {
-		fprintf(stderr, "meshctl: %s\n", e.text);
-		return EXIT_CONFIG;
-	}
-	if (job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) || job_config_validate(c, &e)) {
-		fprintf(stderr, "meshctl: %s: %s\n", f->config, e.text);
-		job_config_release(c);
-		return EXIT_CONFIG;
-	}
-	return EXIT_OK;
-}
-
 struct service {
 	struct coordinator *coordinator;
 	struct log log;
@@ -157,7 +115,14 @@ int coordinator_main(int argc, char **argv)
 	struct job_config c;
 	struct err e = { 0 };
 	bool help = false;
-	int rest, code;
+	const struct config_command cmd = {
+		.usage = "coordinator --config FILE [OPTIONS]",
+		.what = "Runs the coordinator alone. Shard services and workers join by --rdzv-endpoint and --rdzv-id,\n"
+			"in any order.",
+		.flags = &f,
+		.help = &help,
+	};
+	int code;
 	struct opt opts[] = {
 		CONFIG_OPTS(f),
 		{ .name = "listen",
@@ -180,27 +145,15 @@ int coordinator_main(int argc, char **argv)
 		{ 0 },
 	};
 
-	if (opt_parse(opts, argc, argv, &rest, &e))
-		return usage_error(argv[0], &e);
-	if (help) {
-		command_help(
-			"coordinator --config FILE [OPTIONS]",
-			"Runs the coordinator alone. Shard services and workers join by --rdzv-endpoint and --rdzv-id,\n"
-			"in any order.",
-			opts);
-		return EXIT_OK;
-	}
-	log_init(&s.log, STDERR_FILENO, "coordinator");
-	if (rest < argc || log_level_parse(level, &s.log.level)) {
-		err_set(&e, -EINVAL,
-			rest < argc ? "'%s' is not expected here"
-				    : "--log-level '%s' is not debug, info, warn or error",
-			rest < argc ? argv[rest] : level);
-		return usage_error(argv[0], &e);
-	}
-	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
-	if (code)
+	code = config_command_open(&cmd, opts, argc, argv, &c);
+	if (code != COMMAND_GOES_ON)
 		return code;
+	log_init(&s.log, STDERR_FILENO, "coordinator");
+	if (log_level_parse(level, &s.log.level)) {
+		job_config_release(&c);
+		err_set(&e, -EINVAL, "--log-level '%s' is not debug, info, warn or error", level);
+		return usage_error(argv[0], &e);
+	}
 	s.self.log = &s.log;
 	snprintf(s.self.job, sizeof(s.self.job), "%s", job);
 	code = coordinate(&s, &c, listen, token_file);

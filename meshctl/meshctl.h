@@ -40,8 +40,20 @@ enum { CONFIG_OPT_FILE, CONFIG_OPT_SEED };
 		{ "steps", OPT_U64, &(f).steps, "N", "steps to train", false },                            \
 		{ "run-dir", OPT_STR, &(f).run_dir, "DIR", "steps.jsonl, logs, model/", false },           \
 		FAB_FLAG_OPTS((f).fabric)
-/* Loads, overrides, validates; messages name the file. The exit code; c is only filled in with 0. */
-int config_flags_load(const struct config_flags *f, bool seed_given, struct job_config *c);
+
+/* A command whose table begins with CONFIG_OPTS(*flags). */
+struct config_command {
+	const char *usage, *what; /* of its help */
+	const struct config_flags *flags;
+	const bool *help; /* where its --help is noted */
+};
+#define COMMAND_GOES_ON (-1)
+/*
+ * Parses, prints the help, or loads, overrides and validates; messages name the file. COMMAND_GOES_ON: c is filled in;
+ * else the exit code, and there is no c.
+ */
+int config_command_open(const struct config_command *cmd, struct opt *opts, int argc, char **argv,
+			struct job_config *c);
 
 /* ---------------------------------------------------------------- observer */
 

@@ -158,31 +158,23 @@ int plan_main(int argc, char **argv)
 {
 	struct config_flags f = { 0 };
 	struct job_config c;
-	struct err e = { 0 };
 	bool help = false;
-	int rest, code;
+	const struct config_command cmd = {
+		.usage = "plan --config FILE [OPTIONS]",
+		.what = "Prints what every process of the job would take of this machine's memory, and starts nothing.\n"
+			"Options lay over the config.",
+		.flags = &f,
+		.help = &help,
+	};
+	int code;
 	struct opt opts[] = {
 		CONFIG_OPTS(f),
 		{ .name = "help", .kind = OPT_FLAG, .out = &help, .help = "this text" },
 		{ 0 },
 	};
 
-	if (opt_parse(opts, argc, argv, &rest, &e))
-		return usage_error(argv[0], &e);
-	if (help) {
-		command_help(
-			"plan --config FILE [OPTIONS]",
-			"Prints what every process of the job would take of this machine's memory, and starts nothing.\n"
-			"Options lay over the config.",
-			opts);
-		return EXIT_OK;
-	}
-	if (rest < argc) {
-		err_set(&e, -EINVAL, "'%s' is not expected here", argv[rest]);
-		return usage_error(argv[0], &e);
-	}
-	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
-	if (code)
+	code = config_command_open(&cmd, opts, argc, argv, &c);
+	if (code != COMMAND_GOES_ON)
 		return code;
 	code = print_plan(&c);
 	job_config_release(&c);

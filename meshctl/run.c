@@ -392,9 +392,15 @@ int run_main(int argc, char **argv)
 	const char *job = NULL;
 	struct run *r;
 	struct job_config c;
-	struct err e = { 0 };
 	bool help = false;
-	int rest, code;
+	const struct config_command cmd = {
+		.usage = "run --config FILE [OPTIONS]",
+		.what = "Trains: starts a coordinator, shard services and workers on this machine and follows them.\n"
+			"Options lay over the config.",
+		.flags = &f,
+		.help = &help,
+	};
+	int code;
 	struct opt opts[] = {
 		CONFIG_OPTS(f),
 		{ .name = "rdzv-id", .kind = OPT_STR, .out = &job, .arg = "JOB", .help = "the job's name" },
@@ -402,22 +408,8 @@ int run_main(int argc, char **argv)
 		{ 0 },
 	};
 
-	if (opt_parse(opts, argc, argv, &rest, &e))
-		return usage_error(argv[0], &e);
-	if (help) {
-		command_help(
-			"run --config FILE [OPTIONS]",
-			"Trains: starts a coordinator, shard services and workers on this machine and follows them.\n"
-			"Options lay over the config.",
-			opts);
-		return EXIT_OK;
-	}
-	if (rest < argc) {
-		err_set(&e, -EINVAL, "'%s' is not expected here", argv[rest]);
-		return usage_error(argv[0], &e);
-	}
-	code = config_flags_load(&f, opts[CONFIG_OPT_SEED].set, &c);
-	if (code)
+	code = config_command_open(&cmd, opts, argc, argv, &c);
+	if (code != COMMAND_GOES_ON)
 		return code;
 	r = calloc(1, sizeof(*r));
 	if (!r) {

@@ -181,6 +181,7 @@ int blas_open(enum k_library library, enum k_isa isa, struct blas *out, struct e
 		snprintf(b.version, sizeof(b.version), "1");
 	if (rc)
 		return rc;
+	blas_thread_init(&b);
 	b.adds_products = library == K_LIB_PORTABLE || adds_products(&b);
 	*out = b;
 	return 0;
