@@ -65,17 +65,6 @@ const char *data_token_kind(const struct data_config *c)
 	return names[c->n_train ? c->train[0].format : c->format];
 }
 
-bool data_config_packed(const struct data_config *c)
-{
-	bool packed = false;
-
-	for (uint32_t i = 0; i < c->n_train; i++)
-		packed |= c->train[i].format == DATA_JSONL;
-	for (uint32_t i = 0; i < c->n_validation; i++)
-		packed |= c->validation[i].format == DATA_JSONL;
-	return packed;
-}
-
 /* -------------------------------------------------------------------- sources */
 
 static void source_close(struct source *s)

@@ -13,6 +13,17 @@
 
 static_assert(ARRAY_LEN(((struct data_text *)0)->closing) > TOK_TEMPLATE_MAX, "a template and an end token fit");
 
+bool data_config_packed(const struct data_config *c)
+{
+	bool packed = false;
+
+	for (uint32_t i = 0; i < c->n_train; i++)
+		packed |= c->train[i].format == DATA_JSONL;
+	for (uint32_t i = 0; i < c->n_validation; i++)
+		packed |= c->validation[i].format == DATA_JSONL;
+	return packed;
+}
+
 static int check_id(const struct data_text *x, uint32_t id, struct err *e)
 {
 	const uint8_t *text;

@@ -38,6 +38,7 @@ struct workspace {
 	size_t per_thread;
 };
 
+size_t scratch_bytes(struct scratch need, unsigned threads);
 /* Asserts that the caller's plan was large enough. */
 struct workspace workspace_take(const struct k_stream *s, struct scratch need);
 
@@ -133,6 +134,15 @@ static inline uint32_t rows_per_task(uint32_t cols)
 struct drop drop_of(const struct k_dropout *d, uint32_t mb);
 /* One product on the calling thread; g->scratch is set from the thread's scratch. */
 void stream_gemm(const struct k_stream *s, struct gemm *g, float *scratch);
+
+/* ------------------------------------------------------------------- stream */
+
+int cpu_stream_open(const struct k_stream_config *cfg, struct k_stream **out, struct err *e);
+void cpu_stream_close(struct k_stream *s);
+int cpu_stream_error(struct k_stream *s);
+void cpu_event_record(struct k_stream *s, struct k_event *ev);
+bool cpu_event_done(struct k_stream *s, const struct k_event *ev);
+void cpu_event_wait(struct k_stream *s, const struct k_event *ev);
 
 /* --------------------------------------------------------------- operations */
 

@@ -26,7 +26,7 @@ const struct isa_ops *isa_table(enum k_isa isa)
 
 /* ---------------------------------------------------------------- workspace */
 
-static size_t scratch_bytes(struct scratch need, unsigned threads)
+size_t scratch_bytes(struct scratch need, unsigned threads)
 {
 	return round_up_u64(need.shared, CACHE_LINE) + threads * round_up_u64(need.per_thread, CACHE_LINE);
 }
@@ -41,42 +41,6 @@ struct workspace workspace_take(const struct k_stream *s, struct scratch need)
 	};
 }
 
-static uint64_t largest_weight(const struct k_dims *d)
-{
-	uint64_t qkv = ((uint64_t)d->heads + 2ull * d->kv_heads) * d->head_dim;
-	uint64_t widest = qkv;
-
-	if (d->ffn > widest)
-		widest = d->ffn;
-	if (d->vocab > widest)
-		widest = d->vocab;
-	if (d->channels > widest)
-		widest = d->channels;
-	return widest * d->channels;
-}
-
-static size_t cpu_workspace_bytes(const struct k_dims *d, unsigned threads)
-{
-	uint32_t n_mb = d->n_mb ? d->n_mb : 1;
-	uint64_t rows = (uint64_t)d->batch * d->seq;
-	const struct scratch need[] = {
-		linear_scratch(),
-		linear_backward_scratch(n_mb, (uint32_t)rows, largest_weight(d)),
-		attention_scratch(d->seq, d->seq, d->head_dim, true),
-		rotary_backward_scratch(n_mb, d->head_dim),
-		embed_backward_scratch(n_mb, rows, d->vocab, d->channels),
-		xent_scratch(n_mb, rows),
-		state_scratch(),
-	};
-	size_t most = 0;
-
-	for (size_t i = 0; i < ARRAY_LEN(need); i++) {
-		size_t bytes = scratch_bytes(need[i], threads);
-		most = bytes > most ? bytes : most;
-	}
-	return most;
-}
-
 /* ------------------------------------------------------------------- stream */
 
 static void thread_init(void *arg)
@@ -84,7 +48,7 @@ static void thread_init(void *arg)
 	blas_thread_init(arg);
 }
 
-static int cpu_stream_open(const struct k_stream_config *cfg, struct k_stream **out, struct err *e)
+int cpu_stream_open(const struct k_stream_config *cfg, struct k_stream **out, struct err *e)
 {
 	assert(cfg->threads >= 1 && (uintptr_t)cfg->workspace % CACHE_LINE == 0);
 	int rc = k_profile_check(cfg->profile, e);
@@ -116,30 +80,30 @@ free_stream:
 	return rc;
 }
 
-static void cpu_stream_close(struct k_stream *s)
+void cpu_stream_close(struct k_stream *s)
 {
 	pool_close(s->pool);
 	free(s);
 }
 
-static int cpu_stream_error(struct k_stream *s)
+int cpu_stream_error(struct k_stream *s)
 {
 	(void)s;
 	return 0;
 }
 
-static void cpu_event_record(struct k_stream *s, struct k_event *ev)
+void cpu_event_record(struct k_stream *s, struct k_event *ev)
 {
 	ev->ticket = ++s->ticket;
 }
 
-static bool cpu_event_done(struct k_stream *s, const struct k_event *ev)
+bool cpu_event_done(struct k_stream *s, const struct k_event *ev)
 {
 	assert(ev->ticket <= s->ticket);
 	return true;
 }
 
-static void cpu_event_wait(struct k_stream *s, const struct k_event *ev)
+void cpu_event_wait(struct k_stream *s, const struct k_event *ev)
 {
 	assert(ev->ticket <= s->ticket);
 }
@@ -200,39 +164,4 @@ void cpu_zero(struct k_stream *s, void *dst, size_t bytes)
 {
 	struct copy_job j = { .dst = dst, .bytes = bytes };
 	pool_run(s->pool, copy_task, &j, (uint32_t)ceil_div_u64(bytes, COPY_PIECE));
-}
-
-static const struct k_ops cpu_ops = {
-	.name = "cpu",
-	.workspace_bytes = cpu_workspace_bytes,
-	.stream_open = cpu_stream_open,
-	.stream_close = cpu_stream_close,
-	.stream_error = cpu_stream_error,
-	.event_record = cpu_event_record,
-	.event_done = cpu_event_done,
-	.event_wait = cpu_event_wait,
-	.copy = cpu_copy,
-	.zero = cpu_zero,
-	.embed = cpu_embed,
-	.embed_backward = cpu_embed_backward,
-	.norm = cpu_norm,
-	.norm_backward = cpu_norm_backward,
-	.residual = cpu_residual,
-	.linear = cpu_linear,
-	.linear_backward = cpu_linear_backward,
-	.rotary = cpu_rotary,
-	.rotary_backward = cpu_rotary_backward,
-	.glu = cpu_glu,
-	.glu_backward = cpu_glu_backward,
-	.attention = cpu_attention,
-	.attention_backward = cpu_attention_backward,
-	.xent = cpu_xent,
-	.fold = cpu_fold,
-	.adam = cpu_adam,
-	.state_hash = cpu_state_hash,
-};
-
-const struct k_ops *k_cpu_ops(void)
-{
-	return &cpu_ops;
 }
