@@ -363,6 +363,8 @@ int bench_main(int argc, char **argv)
 
 	if (argc > 1 && !strcmp(argv[1], "fabric"))
 		return fabric_main(argc - 1, argv + 1);
+	if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")))
+		return fabric_main(argc, argv);
 	err_set(&e, -EINVAL, "there is one benchmark: meshctl bench fabric");
 	return usage_error("bench", &e);
 }

@@ -9,6 +9,7 @@
 #include "worker/worker.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -29,18 +30,21 @@ static int print_shards(struct job_plan *p, struct err *e)
 					   .threads = shard_threads(c, c->shards),
 					   .mapped = p->mapped };
 	struct shard_plan plan, largest = { 0 };
-	uint32_t ids[512];
+	uint32_t *ids = calloc(c->shards, sizeof(*ids));
 	struct page_map map;
 	char who[64];
 	int rc;
 
+	if (!ids)
+		return err_set(e, -ENOMEM, "out of memory");
 	for (uint32_t i = 0; i < c->shards; i++)
 		ids[i] = i + 1;
 	rc = page_map_init(&map, &p->table, ids, c->shards, c->max_owners_per_unit);
+	free(ids);
 	if (rc)
 		return err_set(e, rc, "no page map for %u shard services", c->shards);
 	for (uint32_t i = 0; i < c->shards && !rc; i++) {
-		rc = shard_memory_plan(c, &p->table, &map, ids[i], p->batch.n_micro, &place, &plan, e);
+		rc = shard_memory_plan(c, &p->table, &map, map.member[i], p->batch.n_micro, &place, &plan, e);
 		if (rc)
 			break;
 		p->total += plan.mem.total;

@@ -63,6 +63,8 @@ def two_sides(directory):
 
 
 def bad_flags(directory):
+    p = subprocess.run([BIN / "meshctl", "bench", "--help"], capture_output=True, text=True, env=clean_environment())
+    check(p.returncode == 0 and "usage: meshctl bench fabric" in p.stdout, p.stdout + p.stderr)
     for flags in (["--sizes", "4Q"], ["--depths", "0"], ["--seconds", "0"], ["--operation", "write"], ["--rdma-mtu", "9000"],
                   ["--rdma-connect", "now"], ["--listen", "a:1", "--connect", "b:1"], ["--owners", "1000"]):
         code, out, err = bench(*flags)

@@ -239,6 +239,9 @@ def command(directory):
                        env=clean_environment())
     check(p.returncode == 0 and "each of 2 workers" in p.stdout and "in all:" in p.stdout, p.stdout + p.stderr)
     check(not (directory / "run").exists(), "meshctl plan made a run directory")
+    p = subprocess.run([BIN / "meshctl", "plan", "--config", path, "--shards", "1024"], capture_output=True, text=True,
+                       timeout=60, env=clean_environment())
+    check(p.returncode == 0 and "each of 1024 shard services" in p.stdout, f"{p.returncode}: {p.stdout + p.stderr}")
     path.write_text(path.read_text().replace('"n_embd": 512', '"n_embd": 65536'))
     p = subprocess.run([BIN / "meshctl", "plan", "--config", path], capture_output=True, text=True, timeout=60,
                        env=clean_environment())
