@@ -3,6 +3,7 @@
 #include "meshctl/meshctl.h"
 
 #include <errno.h>
+#include <string.h>
 
 static int lay_networks(const struct fab_flags *f, struct job_config *c, struct err *e)
 {
@@ -17,14 +18,26 @@ static int lay_networks(const struct fab_flags *f, struct job_config *c, struct 
 	return rc;
 }
 
-static int load(const struct config_flags *f, bool seed_given, struct job_config *c)
+/* Zero is "not given" to what lays the flags over the config, so one that was given is refused here. */
+static int check_counts(const struct opt *opts, struct err *e)
+{
+	static const char *const counts[] = { "shards", "workers", "steps" };
+
+	for (const struct opt *o = opts; o->name; o++)
+		for (size_t i = 0; i < ARRAY_LEN(counts); i++)
+			if (o->set && !strcmp(o->name, counts[i]) && *(const uint64_t *)o->out == 0)
+				return err_set(e, -EINVAL, "--%s: expected at least 1, found 0", o->name);
+	return 0;
+}
+
+static int load(const struct config_flags *f, const struct opt *opts, struct job_config *c)
 {
 	struct job_overrides over = {
 		.shards = f->shards,
 		.workers = f->workers,
 		.threads = f->threads,
 		.steps = f->steps,
-		.seed = seed_given ? &f->seed : NULL,
+		.seed = opts[CONFIG_OPT_SEED].set ? &f->seed : NULL,
 		.run_dir = f->run_dir,
 		.fabric = f->fabric.fabric,
 	};
@@ -38,7 +51,8 @@ static int load(const struct config_flags *f, bool seed_given, struct job_config
 		fprintf(stderr, "meshctl: %s\n", e.text);
 		return EXIT_CONFIG;
 	}
-	if (job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) || job_config_validate(c, &e)) {
+	if (check_counts(opts, &e) || job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) ||
+	    job_config_validate(c, &e)) {
 		fprintf(stderr, "meshctl: %s: %s\n", f->config, e.text);
 		job_config_release(c);
 		return EXIT_CONFIG;
@@ -61,6 +75,6 @@ int config_command_open(const struct config_command *cmd, struct opt *opts, int 
 		err_set(&e, -EINVAL, "'%s' is not expected here", argv[rest]);
 		return usage_error(argv[0], &e);
 	}
-	code = load(cmd->flags, opts[CONFIG_OPT_SEED].set, c);
+	code = load(cmd->flags, opts, c);
 	return code ? code : COMMAND_GOES_ON;
 }

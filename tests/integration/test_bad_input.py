@@ -26,6 +26,20 @@ def expect(path, code, *words, flags=(), seconds=30, **popen):
     return said
 
 
+def as_somebody(directory):
+    """How a process is started without root's right to read and write everything; None: it could not run the program."""
+    if os.geteuid():
+        return {}
+    somebody = {"user": 65534, "group": 65534, "extra_groups": []}
+    directory.chmod(0o777)
+    try:
+        subprocess.run([BIN / "meshctl", "--version"], check=True, capture_output=True, **somebody)
+    except OSError:
+        print(f"root alone may run {BIN}: rights to files are not tested")
+        return None
+    return somebody
+
+
 def edit(directory, text, by):
     path = config(directory)
     content = path.read_text()
@@ -50,22 +64,41 @@ def keys(directory):
 def batches(directory):
     said = expect(edit(directory, '"train_batch_size": 24', '"train_batch_size": 25'), 42, "train_batch_size")
     check("25" in said and "2" in said, said)
+    accumulation = '"train_batch_size": 24, "gradient_accumulation_steps": 5'
+    expect(edit(directory, '"train_batch_size": 24', accumulation), 42, "24 != 2 * 5 * 2")
+    path = edit(directory, '"train_micro_batch_size_per_gpu": 2,', "")
+    expect(path, 42, "train_batch_size", "24", "5", flags=["--workers", 5])
+    nothing_left(directory)
+
+
+def counts(directory):
+    """Numbers on the command line that no job can have."""
+    path = config(directory)
+    for flag, value, word in (("--shards", 0, "at least 1"), ("--workers", 0, "at least 1"), ("--steps", 0, "at least 1"),
+                              ("--shards", 1025, "at most 1024"), ("--workers", 4097, "at most 4096")):
+        expect(path, 42, f"{flag}: expected {word}", flags=[flag, value])
+    expect(path, 2, "--steps", "'-1'", flags=["--steps", "-1"])
+    nothing_left(directory)
 
 
 def missing_files(directory):
     expect(edit(directory, "text.txt", "nowhere.txt"), 42, "shardmesh.data", "nowhere.txt", "No such file")
     expect(directory / "no.json", 42, "no.json", "No such file")
     expect(edit(directory, '"text.txt"', '"."'), 42, str(directory))
+    for key in ("model", "weights"):
+        expect(config(directory, **{key: "nowhere"}), 42, f"shardmesh.{key}", str(directory / "nowhere"), "No such file")
 
 
 def unreadable_files(directory):
     """What is there and cannot be read: no right to it, a pipe that nobody writes to, an empty file."""
     path = config(directory)
     text = directory / "text.txt"
-    if os.geteuid():
-        text.chmod(0)
-        expect(path, 42, "shardmesh.data", str(text), "Permission denied")
-        text.chmod(0o644)
+    somebody = as_somebody(directory)
+    if somebody is not None:
+        for file, word in ((text, "shardmesh.data"), (path, "job.json")):
+            file.chmod(0)
+            expect(path, 42, word, str(file), "Permission denied", **somebody)
+            file.chmod(0o644)
     text.unlink()
     os.mkfifo(text)
     expect(path, 42, "shardmesh.data", str(text), "regular file")
@@ -171,11 +204,14 @@ def hostile_weights(directory):
         (dict(header="{" + entry % ("a", "2", 0, 8) + "," + entry % ("b", "2", 4, 12) + "}", data=bytes(12)), "overlap"),
         (dict(header="{" + entry % ("a", "1", 4, 8) + "}", data=bytes(8)), "hole"),
         (dict(header="{" + entry % ("a", "1", 0, 4) + "}", data=bytes(40)), "behind"),
+        (dict(header="{" + entry % ("a", "4", 0, 16) + "}", data=bytes(14)), "cut short"),
         (dict(header="{" + entry % ("transformer.wte.weight", "1", 0, 4) + "}", data=bytes(4)), "256 x 64"),
     ]
     for case, word in cases:
         weights_at(directory, **case)
         expect(path, 42, "shardmesh.weights", str(file), word)
+    file.write_bytes(bytes(7))
+    expect(path, 42, "shardmesh.weights", str(file), "7 bytes are too few")
     file.unlink()
     index = directory / "hostile/model.safetensors.index.json"
     (directory / "outside.safetensors").write_bytes(b"")
@@ -186,6 +222,8 @@ def hostile_weights(directory):
     (directory / "hostile/link.safetensors").symlink_to(directory / "outside.safetensors")
     index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "link.safetensors"}}))
     expect(path, 42, "shardmesh.weights", str(index), "symbolic link")
+    index.write_text('{"weight_map": {"a": ')
+    expect(path, 42, "shardmesh.weights", f"{index}:1:")
     index.write_text('{"weight_map": {"a": "x", "a": "y"}}')
     expect(path, 42, "shardmesh.weights", str(index), "duplicate")
     nothing_left(directory)
@@ -237,6 +275,11 @@ def run_directories(directory):
     run(path)
     said = expect(path, 42, "holds a job already", "--run-dir")
     check(str(directory / "run") in said, said)
+    before = (directory / "run/steps.jsonl").read_bytes()
+    p = subprocess.run([BIN / "meshctl", "coordinator", "--config", path, "--listen", "127.0.0.1:0", "--rdzv-id", "another"],
+                       capture_output=True, text=True, env=clean_environment(SHARDMESH_TOKEN="x" * 32), timeout=60)
+    check(p.returncode != 0 and str(directory / "run") in p.stderr and "holds job" in p.stderr, f"{p.returncode}: {p.stderr}")
+    check((directory / "run/steps.jsonl").read_bytes() == before, "the other job's steps.jsonl was changed")
 
 
 def read_only_run_directory(directory):
@@ -244,10 +287,11 @@ def read_only_run_directory(directory):
     path = config(directory, steps=1)
     place = directory / "place"
     place.mkdir()
-    if os.geteuid():
+    somebody = as_somebody(directory)
+    if somebody is not None:
         place.chmod(0o555)
-        said = expect(path, 1, str(place), "Permission denied", flags=["--run-dir", place])
-        said = expect(path, 1, str(place / "run"), "Permission denied", flags=["--run-dir", place / "run"])
+        for run_dir in (place, place / "run"):
+            expect(path, 1, str(run_dir), "Permission denied", flags=["--run-dir", run_dir], **somebody)
         place.chmod(0o755)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", place], capture_output=True).returncode:
         print("read_only_run_directory: mount is not allowed here")
@@ -303,7 +347,9 @@ def token_files(directory):
     token = directory / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     token.chmod(0o644)
-    for program in ([BIN / "worker", "--rdzv-endpoint", "127.0.0.1:1", "--rdzv-id", "x"], [BIN / "meshctl", "coordinator", "--config", path]):
+    where = ["--rdzv-endpoint", "127.0.0.1:1", "--rdzv-id", "x"]
+    for program in ([BIN / "worker", *where], [BIN / "shardsvc", *where], [BIN / "meshctl", "coordinator", "--config", path],
+                    [BIN / "meshctl", "status", *where], [BIN / "meshctl", "bench", "fabric", "--connect", "127.0.0.1:1"]):
         p = subprocess.run([*program, "--token-file", token], capture_output=True, text=True, env=clean_environment(),
                            timeout=30)
         check(p.returncode != 0 and str(token) in p.stderr and "chmod" in p.stderr, f"{p.returncode}: {p.stderr}")
@@ -342,5 +388,6 @@ def no_descriptors(directory):
 
 
 if __name__ == "__main__":
-    main([keys, batches, missing_files, unreadable_files, short_data, jsonl_lines, tokenizers, hostile_weights, token_beyond_vocabulary,
-          too_large, port_in_use, run_directories, read_only_run_directory, held_lock, stale_lock, token_files, non_finite, full_disk, no_descriptors])
+    main([keys, batches, counts, missing_files, unreadable_files, short_data, jsonl_lines, tokenizers, hostile_weights,
+          token_beyond_vocabulary, too_large, port_in_use, run_directories, read_only_run_directory, held_lock, stale_lock,
+          token_files, non_finite, full_disk, no_descriptors])
