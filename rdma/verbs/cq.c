@@ -8,6 +8,12 @@
  * for an event first, then look once more, so that nothing falls in between. So
  * while work is in flight and the user polls, no system call is made.
  *
+ * A rail that only serves is armed for solicited completions alone: the peer
+ * says which of its notices are worth waking up for, and each of the others has
+ * such a one behind it (post.c). Failures wake in either case. What we sent
+ * ourselves is never solicited, so a rail with anything of ours on its way is
+ * armed for all; posting makes it hot, so it cannot be left armed for less.
+ *
  * What goes wrong has one name in the log, the first: everything after it on the
  * same rail is flushed and says nothing new. Some statuses mean that we asked
  * for what we have no right to: asking again would not help, so the endpoint is
@@ -127,12 +133,21 @@ uint32_t vb_rail_poll(struct vb_rail *r)
 	return (uint32_t)n;
 }
 
+/* Up, and with nothing of ours on its way. */
+static bool only_serves(const struct vb_rail *r)
+{
+	for (uint32_t i = 0; i < r->n_qps; i++)
+		if (r->qp[i].head != r->qp[i].tail)
+			return false;
+	return r->state == VB_UP;
+}
+
 bool vb_rails_arm(struct fab *f)
 {
 	struct vb_rail *r;
 
 	while ((r = TAILQ_FIRST(&f->hot))) {
-		if (ibv_req_notify_cq(r->cq, 0)) {
+		if (ibv_req_notify_cq(r->cq, only_serves(r))) {
 			vb_rail_break(r, -EIO, "the completion queue cannot be armed");
 			return false;
 		}

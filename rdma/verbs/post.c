@@ -9,11 +9,20 @@
  * A slice is at most VB_SLICE bytes and lies in one key of either side. Slices
  * go to the queue pair with the least in flight, of all rails that are up and of
  * ports whose budget has room, in chains whose last work request is signalled:
- * since a queue pair completes in order, it speaks for all before it. Of large
- * slices every one is: a few of them are all that is in flight, and would come
- * back together, with nothing for the NIC to do until the next are posted.
+ * since a queue pair completes in order, it speaks for all before it. Within a
+ * chain so is the one that ends each HEARD_BYTES: a few large slices are all
+ * that is in flight, and would come back together, with nothing for the NIC to
+ * do until the next are posted; but every answer costs a completion here and
+ * brings a small refill, so small slices share one.
  * A write keeps to one queue pair, so that its last slice, which carries the
  * notice, is behind the others.
+ *
+ * The other side hears in the same measure: it sleeps until a notice is
+ * solicited (cq.c), which the last notice before each signalled work request
+ * is. So a chain wakes it once or, where it is long, in time to work on what
+ * came first; and since the last work request is signalled and a queue pair
+ * delivers in order, no notice stays without a solicited one behind it. What
+ * breaks in between is done again, and the other side looks when it rebuilds.
  *
  * When posting a chain fails in the middle, what was posted has no signalled end
  * and would never be heard of: the queue pair is put in error, which gives
@@ -28,7 +37,7 @@
 
 #include <errno.h>
 
-#define UNHEARD_BYTES (64u << 10) /* of a chain; then one in the middle is signalled too */
+#define HEARD_BYTES (256u << 10) /* of a chain; then one in the middle is signalled too */
 
 /* ------------------------------------------------------------------- posting */
 
@@ -172,20 +181,37 @@ static void fill_wr(struct vb_qp *q, const struct vb_op *o, uint32_t bytes)
 	};
 }
 
+/* Links the work requests, and says which are heard of on either side. */
+static void chain_close(struct vb_qp *q)
+{
+	struct ibv_send_wr *notice = NULL;
+	uint32_t unheard = 0;
+
+	for (uint32_t i = 0; i < q->chain_n; i++) {
+		struct ibv_send_wr *wr = &q->wr[i];
+		bool last = i + 1 == q->chain_n;
+
+		wr->next = last ? NULL : wr + 1;
+		if (wr->opcode == IBV_WR_RDMA_WRITE_WITH_IMM)
+			notice = wr;
+		unheard += q->sge[i].length;
+		if (!last && unheard < HEARD_BYTES)
+			continue;
+		wr->send_flags |= IBV_SEND_SIGNALED;
+		if (notice)
+			notice->send_flags |= IBV_SEND_SOLICITED;
+		notice = NULL;
+		unheard = 0;
+	}
+}
+
 static void chain_post(struct vb_qp *q)
 {
 	struct ibv_send_wr *bad = NULL;
-	uint32_t n = q->chain_n, unheard = 0;
+	uint32_t n = q->chain_n;
 	int ret;
 
-	for (uint32_t i = 0; i < n; i++) {
-		q->wr[i].next = i + 1 < n ? &q->wr[i + 1] : NULL;
-		unheard += q->sge[i].length;
-		if (i + 1 < n && unheard < UNHEARD_BYTES)
-			continue;
-		q->wr[i].send_flags |= IBV_SEND_SIGNALED;
-		unheard = 0;
-	}
+	chain_close(q);
 	q->chain_n = 0;
 	errno = 0;
 	ret = ibv_post_send(q->qp, q->wr, &bad);

@@ -24,7 +24,7 @@
 #include <sys/queue.h>
 
 #define VB_MAGIC 0x31425653u /* "SVB1" */
-#define VB_PROTOCOL 1
+#define VB_PROTOCOL 2
 #define VB_PORTS_MAX 8
 #define VB_QPS_MAX 8   /* of one use, a rail */
 #define VB_KEYS_MAX 96 /* of a region: ports times pieces */
@@ -53,6 +53,8 @@
 #define VB_LOOK_NS (1 * VB_S)     /* how often a rail of which we only serve is asked for its state */
 
 _Static_assert(VB_OPS >= FAB_BATCH_MAX && VB_SQ_DEPTH >= VB_CHAIN, "a batch and a chain fit");
+/* Asleep until a solicited notice, of which each chain has one; half a chain of receives may be owed. */
+_Static_assert(VB_RQ_DEPTH - VB_CHAIN / 2 >= VB_CHAIN, "a chain's notices find receives while nobody looks");
 
 /* ------------------------------------------------------- what peers exchange */
 

@@ -274,6 +274,132 @@ static void sleepers_are_woken(void **state)
 	vpair_close(&v);
 }
 
+/* As a service does: polls when its descriptor says so, until nothing is there, then sleeps. */
+static void b_dozes(struct vpair *v)
+{
+	struct pollfd pfd = { .fd = v->ops->fd(v->b.f), .events = POLLIN };
+
+	while (poll(&pfd, 1, 0) == 1) {
+		do
+			side_poll(v, &v->b, &v->a);
+		while (!v->ops->arm(v->b.f));
+	}
+}
+
+static void b_falls_asleep(struct vpair *v)
+{
+	while (!v->ops->arm(v->b.f))
+		both_poll(v);
+	b_dozes(v);
+	stub.wakeups = 0;
+}
+
+/* Lets one work request after the other through; b sleeps in between. */
+static void one_by_one(struct vpair *v, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		stub.stop_wr = stub.wr_done + 2;
+		stub_step();
+		b_dozes(v);
+	}
+	stub.stop_wr = 0;
+}
+
+static void push_many(struct vpair *v, uint32_t n, uint64_t bytes)
+{
+	struct fab_op op[FAB_BATCH_MAX];
+
+	for (uint32_t i = 0; i < n; i++)
+		op[i] = vwrite(v, i * bytes, bytes, i);
+	stub.hold = true;
+	assert_int_equal(v->ops->write_notify(v->a.ep, op, n), 0);
+	stub.hold = false;
+}
+
+/* Each notice arrives, and the last of each queue pair alone wakes; in a long chain one in each 256 KiB. */
+static void the_last_notice_wakes(void **state)
+{
+	static const struct {
+		uint32_t n, bytes, wakeups;
+	} cases[] = {
+		{ 1, 8, 1 }, { 10, 8, 2 }, { 12, 4096, 2 }, { 64, 8, 2 }, { 16, 64 << 10, 4 }, { 4, 512 << 10, 4 }
+	};
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, 2 * MIB);
+	for (size_t c = 0; c < ARRAY_LEN(cases); c++) {
+		b_falls_asleep(&v);
+		push_many(&v, cases[c].n, cases[c].bytes);
+		one_by_one(&v, cases[c].n);
+		assert_int_equal(v.b.n, cases[c].n);
+		for (uint32_t i = 0; i < v.b.n; i++)
+			assert_int_equal(v.b.ev[i].type, FAB_EV_NOTICE);
+		assert_int_equal(stub.wakeups, cases[c].wakeups);
+		v.b.n = 0;
+		completions(&v, cases[c].n);
+		quiet(&v);
+	}
+	vpair_close(&v);
+}
+
+/* A chain that ends in the middle of a push: the notice before it is not kept waiting for the push's end. */
+static void a_chain_without_an_end_wakes(void **state)
+{
+	const struct fab_options o = { .queue_pairs = 1, .inflight_bytes = 600 << 10 };
+	struct fab_op op[2];
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, &o, MIB);
+	b_falls_asleep(&v);
+	op[0] = vwrite(&v, 0, 8, 1);
+	op[1] = vwrite(&v, 4096, 700 << 10, 2);
+	stub.hold = true;
+	assert_int_equal(v.ops->write_notify(v.a.ep, op, 2), 0);
+	stub.hold = false;
+	assert_int_equal(stub_waiting(), 2);
+	one_by_one(&v, 2);
+	assert_int_equal(v.b.n, 1);
+	assert_int_equal(v.b.ev[0].imm, 1);
+	completions(&v, 2);
+	assert_int_equal(await(&v, &v.b, LONG).imm, 1);
+	assert_int_equal(await(&v, &v.b, LONG).imm, 2);
+	vpair_close(&v);
+}
+
+/* A rail that breaks in a chain: what was delivered is told, what is done again wakes anew. */
+static void a_rebuilt_rail_wakes(void **state)
+{
+	enum { N = 10 };
+	uint32_t seen = 0;
+	struct vpair v;
+
+	(void)state;
+	vpair_open(&v, NULL, MIB);
+	for (uint32_t fail = 1; fail <= N; fail++) {
+		b_falls_asleep(&v);
+		stub.fail_wr = stub.wr_done + fail;
+		stub.fail_status = IBV_WC_RETRY_EXC_ERR;
+		push_many(&v, N, 4096);
+		seen = 0;
+		for (uint32_t polls = 0; seen != (1u << N) - 1; v.b.n = 0) {
+			assert_true(polls++ < LONG);
+			side_poll(&v, &v.a, &v.b);
+			b_dozes(&v);
+			nap();
+			for (uint32_t i = 0; i < v.b.n; i++)
+				seen |= 1u << v.b.ev[i].imm;
+		}
+		completions(&v, N);
+		quiet(&v);
+		/* Steady since, so that the next break is repaired at once. */
+		clock_ahead_ns += 3000 * MS;
+	}
+	assert_int_equal(v.ops->counters(v.b.f)->rebuilds, N);
+	vpair_close(&v);
+}
+
 static void regions_are_what_they_say(void **state)
 {
 	struct fab_region_attr attr = { .name = "gpu", .memory = FAB_CUDA, .bytes = 4096 };
@@ -356,7 +482,9 @@ int main(void)
 		cmocka_unit_test(the_budget_holds),          cmocka_unit_test(notices_outnumber_receives),
 		cmocka_unit_test(a_side_that_does_not_poll), cmocka_unit_test(pieces_are_sewn_together),
 		cmocka_unit_test(rails_share_the_work),      cmocka_unit_test(sleepers_are_woken),
-		cmocka_unit_test(regions_are_what_they_say), cmocka_unit_test(memory_is_adopted),
+		cmocka_unit_test(the_last_notice_wakes),     cmocka_unit_test(a_chain_without_an_end_wakes),
+		cmocka_unit_test(a_rebuilt_rail_wakes),      cmocka_unit_test(regions_are_what_they_say),
+		cmocka_unit_test(memory_is_adopted),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -335,25 +335,31 @@ int ibv_destroy_cq(struct ibv_cq *cq)
 	return 0;
 }
 
-void stub_push_wc(struct scq *cq, struct ibv_wc wc)
+void stub_push_wc(struct scq *cq, struct ibv_wc wc, bool solicited)
 {
 	/* An overrun is the end of a queue. */
 	assert(cq->tail - cq->head < (uint32_t)cq->cq.cqe);
 	cq->wc[cq->tail++ % (RING * 4)] = wc;
-	if (!cq->armed)
+	/* A failure is always worth waking for. */
+	if (!cq->armed && !(cq->armed_solicited && (solicited || wc.status != IBV_WC_SUCCESS)))
 		return;
-	cq->armed = false;
-	if (!cq->event)
-		stub_fd_say(cq->cq.channel->fd, true);
+	cq->armed = cq->armed_solicited = false;
+	if (cq->event)
+		return;
 	cq->event = true;
+	stub.wakeups++;
+	stub_fd_say(cq->cq.channel->fd, true);
 }
 
 static int req_notify_cq(struct ibv_cq *cq, int solicited)
 {
-	assert(!solicited);
+	struct scq *s = (struct scq *)cq;
+
 	if (FAILS(EIO))
 		return EIO;
-	((struct scq *)cq)->armed = true;
+	/* Asking for less takes nothing back. */
+	s->armed |= !solicited;
+	s->armed_solicited |= solicited != 0;
 	return 0;
 }
 

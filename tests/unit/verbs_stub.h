@@ -36,10 +36,12 @@ struct stub {
 	uint32_t lose_wr;   /* the work request that never ends */
 	uint32_t fail_post; /* the post_send that takes all but its last work request; 0: none */
 	bool hold;          /* nothing moves */
+	uint32_t stop_wr;   /* nothing moves from this work request on; 0: none */
 
 	/* What was seen. */
 	uint32_t live; /* objects that are not destroyed */
 	uint32_t chain_max, inline_n, relaxed_n, posts;
+	uint32_t wakeups;   /* completion events raised */
 	uint32_t rd_atomic; /* of the last queue pair to RTS */
 };
 extern struct stub stub;

@@ -26,7 +26,7 @@ struct scq {
 	struct ibv_cq cq;
 	struct ibv_wc wc[RING * 4];
 	uint32_t head, tail;
-	bool armed, event;
+	bool armed, armed_solicited, event; /* armed: for any completion */
 	uint32_t unacked, qps;
 	TAILQ_ENTRY(scq) link;
 };
@@ -59,7 +59,8 @@ int stub_needed(enum ibv_qp_state from, enum ibv_qp_state to);
 void stub_async_push(struct scontext *c, struct ibv_async_event ev);
 /* Whether the key belongs to a region of this protection domain with all those rights over all those bytes. */
 bool stub_allows(const struct ibv_pd *pd, uint32_t key, uint64_t at, uint64_t bytes, int right);
-void stub_push_wc(struct scq *cq, struct ibv_wc wc);
+/* solicited: of a notice whose sender wants it to be heard. */
+void stub_push_wc(struct scq *cq, struct ibv_wc wc, bool solicited);
 
 /* What ibv_post_send and ibv_post_recv come to. */
 int stub_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad);

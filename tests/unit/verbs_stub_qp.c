@@ -77,10 +77,13 @@ static void flush(struct sqp *q)
 	struct scq *cq = (struct scq *)q->qp.send_cq;
 
 	for (; q->sq_head != q->sq_tail; q->sq_head++)
-		stub_push_wc(cq, (struct ibv_wc){ .wr_id = q->sq[q->sq_head % RING].wr.wr_id,
-						  .status = IBV_WC_WR_FLUSH_ERR });
+		stub_push_wc(
+			cq,
+			(struct ibv_wc){ .wr_id = q->sq[q->sq_head % RING].wr.wr_id, .status = IBV_WC_WR_FLUSH_ERR },
+			false);
 	for (; q->rq_head != q->rq_tail && !stub.no_flush_receives; q->rq_head++)
-		stub_push_wc(cq, (struct ibv_wc){ .wr_id = q->rq[q->rq_head % RING], .status = IBV_WC_WR_FLUSH_ERR });
+		stub_push_wc(cq, (struct ibv_wc){ .wr_id = q->rq[q->rq_head % RING], .status = IBV_WC_WR_FLUSH_ERR },
+			     false);
 }
 
 static void to_error(struct sqp *q)
@@ -292,11 +295,13 @@ static enum ibv_wc_status execute(struct sqp *q, struct swr *s)
 		return IBV_WC_RNR_RETRY_EXC_ERR;
 	memcpy(read ? near : far, read ? far : near, s->sge.length);
 	if (imm)
-		stub_push_wc((struct scq *)peer->qp.recv_cq, (struct ibv_wc){ .wr_id = peer->rq[peer->rq_head++ % RING],
-									      .status = IBV_WC_SUCCESS,
-									      .opcode = IBV_WC_RECV_RDMA_WITH_IMM,
-									      .wc_flags = IBV_WC_WITH_IMM,
-									      .imm_data = s->wr.imm_data });
+		stub_push_wc((struct scq *)peer->qp.recv_cq,
+			     (struct ibv_wc){ .wr_id = peer->rq[peer->rq_head++ % RING],
+					      .status = IBV_WC_SUCCESS,
+					      .opcode = IBV_WC_RECV_RDMA_WITH_IMM,
+					      .wc_flags = IBV_WC_WITH_IMM,
+					      .imm_data = s->wr.imm_data },
+			     s->wr.send_flags & IBV_SEND_SOLICITED);
 	return IBV_WC_SUCCESS;
 }
 
@@ -307,6 +312,8 @@ static bool step_one(struct sqp *q)
 	enum ibv_wc_status status;
 
 	if (q->qp.state != IBV_QPS_RTS || q->sq_head == q->sq_tail || q->lost)
+		return false;
+	if (stub.stop_wr && stub.wr_done + 1 >= stub.stop_wr)
 		return false;
 	if (stub.wr_done + 1 == stub.lose_wr) {
 		stub.wr_done++;
@@ -319,7 +326,8 @@ static bool step_one(struct sqp *q)
 	stub.wr_done++;
 	q->sq_head++;
 	if (status != IBV_WC_SUCCESS || s->wr.send_flags & IBV_SEND_SIGNALED)
-		stub_push_wc((struct scq *)q->qp.send_cq, (struct ibv_wc){ .wr_id = s->wr.wr_id, .status = status });
+		stub_push_wc((struct scq *)q->qp.send_cq, (struct ibv_wc){ .wr_id = s->wr.wr_id, .status = status },
+			     false);
 	if (status != IBV_WC_SUCCESS)
 		to_error(q);
 	return true;
