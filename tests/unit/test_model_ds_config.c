@@ -1,18 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "ds_config_checks.h"
 #include "model/ds_keys.h"
-#include "model/model.h"
 
-#include <errno.h>
-#include <setjmp.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <cmocka.h>
 
-/* The smallest section that makes a config whole; tests put their own keys before it. */
-#define MODEL "\"model\": { \"n_embd\": 64, \"n_layer\": 2, \"n_head\": 4, \"vocab_size\": 256, \"n_positions\": 128 }"
-#define DATA "\"data\": { \"train\": \"a.txt\" }"
+/* What makes a config whole; tests put their own keys before it. */
 #define OURS "\"shardmesh\": { " MODEL ", " DATA ", \"steps\": 10 }"
 
 static int parse(const char *keys, struct job_config *c, struct err *e)
@@ -172,84 +165,80 @@ static void test_users_file(void **state)
 	job_config_release(&c);
 }
 
+/* Keys before OURS on line 1, and the whole message. */
+static const struct {
+	const char *keys, *message;
+} bad_keys[] = {
+	{ "\"train_batch_sise\": 8", "ds.json:1: train_batch_sise: unknown key; did you mean \"train_batch_size\"?" },
+	{ "\n\n\"zero_optimization\": {\n\"stage\": 3,\n\"stage3_prefetch_bucket\": 1}",
+	  "ds.json:5: zero_optimization.stage3_prefetch_bucket: unknown key; did you mean "
+	  "\"stage3_prefetch_bucket_size\"?" },
+	{ "\"stage3_max_live_parameters\": 1", "ds.json:1: stage3_max_live_parameters: unknown key; did you mean "
+					       "\"zero_optimization.stage3_max_live_parameters\"?" },
+	{ "\"zero_optimization\": {\"stage\": 3, \"gradient_clippin\": 1}",
+	  "ds.json:1: zero_optimization.gradient_clippin: unknown key; did you mean \"gradient_clipping\"?" },
+	{ "\"xyzzy_plugh\": 1", "ds.json:1: xyzzy_plugh: unknown key; docs/config.md lists those there are" },
+	{ "\"train_batch_size\": 8, \"train_batch_size\": 9",
+	  "ds.json:1: duplicate object key near '\"train_batch_size\"'" },
+	{ "\"train_batch_size\": -8",
+	  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found -8" },
+	{ "\"train_batch_size\": 2.5",
+	  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found 2.5" },
+	{ "\"train_batch_size\": \"8\"",
+	  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found \"8\"" },
+	{ "\"gradient_clipping\": [1]", "ds.json:1: gradient_clipping: expected a number of at least 0, found a list" },
+	{ "\"wall_clock_breakdown\": 1", "ds.json:1: wall_clock_breakdown: expected true or false, found 1" },
+	{ "\"fp16\": true", "ds.json:1: fp16: expected an object, found true" },
+	{ "\"fp16\": {\n\"enabled\": true}",
+	  "ds.json:2: fp16.enabled: not built yet: fp16; accepted here: false; found true" },
+	{ "\"bfloat16\": {\"enabled\": true}",
+	  "ds.json:1: bfloat16.enabled: not built yet: bf16; accepted here: false; found true" },
+	{ "\"bf16\": {}, \"bfloat16\": {}", "ds.json:1: bfloat16: means the same as bf16, which is given too" },
+	{ "\"zero_optimization\": {\"stage\": 2}",
+	  "ds.json:1: zero_optimization.stage: Shardmesh is ZeRO stage 3; set 3 (found 2)" },
+	{ "\"zero_optimization\": {\"overlap_comm\": true}",
+	  "ds.json:1: zero_optimization: gives no stage, which DeepSpeed takes as 0; Shardmesh is ZeRO stage 3: say "
+	  "\"stage\": 3" },
+	{ "\"zero_optimization\": true",
+	  "ds.json:1: zero_optimization: true and false are the old way to say stage 1 and 0; say { \"stage\": 3 }" },
+	{ "\"zero_optimization\": {\"stage\": 3, \"offload_optimizer\": {\"device\": \"nvme\"}}",
+	  "ds.json:1: zero_optimization.offload_optimizer.device: not built yet: offload of optimizer states; "
+	  "accepted here: \"none\"; found \"nvme\"" },
+	{ "\"zero_optimization\": {\"stage\": 3, \"zenflow\": {}}",
+	  "ds.json:1: zero_optimization.zenflow: not built yet: ZenFlow; leave the key out" },
+	{ "\"zero_optimization\": {\"stage\": 3, \"max_reuse_distance\": 1, \"stage3_max_reuse_distance\": 1}",
+	  "ds.json:1: zero_optimization.max_reuse_distance: means the same as "
+	  "zero_optimization.stage3_max_reuse_distance, which is given too" },
+	{ "\"optimizer\": {\"type\": \"OneBitAdam\", \"params\": {\"freeze_step\": 1}}",
+	  "ds.json:1: optimizer.type: only Adam and AdamW are built, found \"OneBitAdam\"" },
+	{ "\"optimizer\": {\"type\": \"AdamW\", \"params\": {\"lr\": \"auto\"}}",
+	  "ds.json:1: optimizer.params.lr: \"auto\" is filled in by Hugging Face's Trainer, which is not here; give "
+	  "a value" },
+	{ "\"optimizer\": {\"type\": \"AdamW\", \"params\": {\"betas\": [0.9, 1]}}",
+	  "ds.json:1: optimizer.params.betas: a beta of 1 never takes a gradient; use less" },
+	{ "\"optimizer\": {\"params\": {\"lr\": 1}}", "ds.json:1: optimizer: gives no type; say \"type\": \"AdamW\"" },
+	{ "\"scheduler\": {\"type\": \"OneCycle\"}",
+	  "ds.json:1: scheduler.type: only WarmupLR, WarmupDecayLR and WarmupCosineLR are built, found \"OneCycle\"" },
+	{ "\"scheduler\": {\"type\": \"WarmupCosineLR\", \"params\": {\"warmup_min_lr\": 0}}",
+	  "ds.json:1: scheduler.params.warmup_min_lr: WarmupCosineLR has no such parameter" },
+	{ "\"scheduler\": {\"type\": \"WarmupDecayLR\", \"params\": {}}",
+	  "ds.json:1: scheduler.params: total_num_steps is missing; give a number, or \"auto\" for the job's steps" },
+	{ "\"scheduler\": {\"type\": \"WarmupLR\", \"params\": {\"warmup_type\": \"cosine\"}}",
+	  "ds.json:1: scheduler.params.warmup_type: expected \"log\" or \"linear\", found \"cosine\"" },
+	{ "\"train_batch_size\": NaN", "ds.json:1: invalid token near 'NaN'" },
+	{ "/* endless", "ds.json:1: this comment does not end" },
+	{ "\"a\": [1 2]", "ds.json:1: ']' expected near '2'" },
+};
+
 static void test_messages(void **state)
 {
-	/* Keys before OURS on line 1, and the whole message. */
-	static const struct {
-		const char *keys, *message;
-	} bad[] = {
-		{ "\"train_batch_sise\": 8",
-		  "ds.json:1: train_batch_sise: unknown key; did you mean \"train_batch_size\"?" },
-		{ "\n\n\"zero_optimization\": {\n\"stage\": 3,\n\"stage3_prefetch_bucket\": 1}",
-		  "ds.json:5: zero_optimization.stage3_prefetch_bucket: unknown key; did you mean "
-		  "\"stage3_prefetch_bucket_size\"?" },
-		{ "\"stage3_max_live_parameters\": 1",
-		  "ds.json:1: stage3_max_live_parameters: unknown key; did you mean "
-		  "\"zero_optimization.stage3_max_live_parameters\"?" },
-		{ "\"zero_optimization\": {\"stage\": 3, \"gradient_clippin\": 1}",
-		  "ds.json:1: zero_optimization.gradient_clippin: unknown key; did you mean \"gradient_clipping\"?" },
-		{ "\"xyzzy_plugh\": 1", "ds.json:1: xyzzy_plugh: unknown key; docs/config.md lists those there are" },
-		{ "\"train_batch_size\": 8, \"train_batch_size\": 9",
-		  "ds.json:1: duplicate object key near '\"train_batch_size\"'" },
-		{ "\"train_batch_size\": -8",
-		  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found -8" },
-		{ "\"train_batch_size\": 2.5",
-		  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found 2.5" },
-		{ "\"train_batch_size\": \"8\"",
-		  "ds.json:1: train_batch_size: expected an integer from 1 to 1000000000000, found \"8\"" },
-		{ "\"gradient_clipping\": [1]",
-		  "ds.json:1: gradient_clipping: expected a number of at least 0, found a list" },
-		{ "\"wall_clock_breakdown\": 1", "ds.json:1: wall_clock_breakdown: expected true or false, found 1" },
-		{ "\"fp16\": true", "ds.json:1: fp16: expected an object, found true" },
-		{ "\"fp16\": {\n\"enabled\": true}",
-		  "ds.json:2: fp16.enabled: not built yet: fp16; accepted here: false; found true" },
-		{ "\"bfloat16\": {\"enabled\": true}",
-		  "ds.json:1: bfloat16.enabled: not built yet: bf16; accepted here: false; found true" },
-		{ "\"bf16\": {}, \"bfloat16\": {}", "ds.json:1: bfloat16: means the same as bf16, which is given too" },
-		{ "\"zero_optimization\": {\"stage\": 2}",
-		  "ds.json:1: zero_optimization.stage: Shardmesh is ZeRO stage 3; set 3 (found 2)" },
-		{ "\"zero_optimization\": {\"overlap_comm\": true}",
-		  "ds.json:1: zero_optimization: gives no stage, which DeepSpeed takes as 0; Shardmesh is ZeRO stage 3: say "
-		  "\"stage\": 3" },
-		{ "\"zero_optimization\": true",
-		  "ds.json:1: zero_optimization: true and false are the old way to say stage 1 and 0; say { \"stage\": 3 }" },
-		{ "\"zero_optimization\": {\"stage\": 3, \"offload_optimizer\": {\"device\": \"nvme\"}}",
-		  "ds.json:1: zero_optimization.offload_optimizer.device: not built yet: offload of optimizer states; "
-		  "accepted here: \"none\"; found \"nvme\"" },
-		{ "\"zero_optimization\": {\"stage\": 3, \"zenflow\": {}}",
-		  "ds.json:1: zero_optimization.zenflow: not built yet: ZenFlow; leave the key out" },
-		{ "\"zero_optimization\": {\"stage\": 3, \"max_reuse_distance\": 1, \"stage3_max_reuse_distance\": 1}",
-		  "ds.json:1: zero_optimization.max_reuse_distance: means the same as "
-		  "zero_optimization.stage3_max_reuse_distance, which is given too" },
-		{ "\"optimizer\": {\"type\": \"OneBitAdam\", \"params\": {\"freeze_step\": 1}}",
-		  "ds.json:1: optimizer.type: only Adam and AdamW are built, found \"OneBitAdam\"" },
-		{ "\"optimizer\": {\"type\": \"AdamW\", \"params\": {\"lr\": \"auto\"}}",
-		  "ds.json:1: optimizer.params.lr: \"auto\" is filled in by Hugging Face's Trainer, which is not here; give "
-		  "a value" },
-		{ "\"optimizer\": {\"type\": \"AdamW\", \"params\": {\"betas\": [0.9, 1]}}",
-		  "ds.json:1: optimizer.params.betas: a beta of 1 never takes a gradient; use less" },
-		{ "\"optimizer\": {\"params\": {\"lr\": 1}}",
-		  "ds.json:1: optimizer: gives no type; say \"type\": \"AdamW\"" },
-		{ "\"scheduler\": {\"type\": \"OneCycle\"}",
-		  "ds.json:1: scheduler.type: only WarmupLR, WarmupDecayLR and WarmupCosineLR are built, found \"OneCycle\"" },
-		{ "\"scheduler\": {\"type\": \"WarmupCosineLR\", \"params\": {\"warmup_min_lr\": 0}}",
-		  "ds.json:1: scheduler.params.warmup_min_lr: WarmupCosineLR has no such parameter" },
-		{ "\"scheduler\": {\"type\": \"WarmupDecayLR\", \"params\": {}}",
-		  "ds.json:1: scheduler.params: total_num_steps is missing; give a number, or \"auto\" for the job's steps" },
-		{ "\"scheduler\": {\"type\": \"WarmupLR\", \"params\": {\"warmup_type\": \"cosine\"}}",
-		  "ds.json:1: scheduler.params.warmup_type: expected \"log\" or \"linear\", found \"cosine\"" },
-		{ "\"train_batch_size\": NaN", "ds.json:1: invalid token near 'NaN'" },
-		{ "/* endless", "ds.json:1: this comment does not end" },
-		{ "\"a\": [1 2]", "ds.json:1: ']' expected near '2'" },
-	};
-
 	(void)state;
-	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+	for (size_t i = 0; i < ARRAY_LEN(bad_keys); i++) {
 		struct job_config c;
 		struct err e = { 0 };
 
-		assert_int_equal(parse(bad[i].keys, &c, &e), -EINVAL);
-		assert_string_equal(e.text, bad[i].message);
+		assert_int_equal(parse(bad_keys[i].keys, &c, &e), -EINVAL);
+		assert_string_equal(e.text, bad_keys[i].message);
 	}
 }
 
@@ -383,101 +372,6 @@ static void test_documented(void **state)
 	free(text);
 }
 
-static void assert_sources_equal(const struct data_source *a, uint32_t n_a, const struct data_source *b, uint32_t n_b)
-{
-	assert_int_equal(n_a, n_b);
-	for (uint32_t i = 0; i < n_a; i++) {
-		assert_int_equal(a[i].format, b[i].format);
-		assert_true(a[i].weight == b[i].weight);
-		assert_int_equal(a[i].n_paths, b[i].n_paths);
-		for (uint32_t k = 0; k < a[i].n_paths; k++)
-			assert_string_equal(a[i].path[k], b[i].path[k]);
-	}
-}
-
-static void assert_configs_equal(const struct job_config *a, const struct job_config *b)
-{
-	assert_int_equal(a->train_batch_size, b->train_batch_size);
-	assert_int_equal(a->train_micro_batch_size_per_gpu, b->train_micro_batch_size_per_gpu);
-	assert_int_equal(a->gradient_accumulation_steps, b->gradient_accumulation_steps);
-	assert_true(a->gradient_clipping == b->gradient_clipping);
-	assert_memory_equal(&a->optimizer.lr, &b->optimizer.lr, 5 * sizeof(double));
-	assert_int_equal(a->optimizer.type, b->optimizer.type);
-	assert_int_equal(a->optimizer.bias_correction, b->optimizer.bias_correction);
-	assert_int_equal(a->optimizer.decoupled, b->optimizer.decoupled);
-	assert_int_equal(a->scheduler.type, b->scheduler.type);
-	if (a->scheduler.type != SCHEDULER_NONE) {
-		assert_int_equal(a->scheduler.warmup_num_steps, b->scheduler.warmup_num_steps);
-		assert_int_equal(a->scheduler.total_num_steps, b->scheduler.total_num_steps);
-		assert_int_equal(a->scheduler.log_warmup, b->scheduler.log_warmup);
-		assert_true(schedule_lr(a, 3) == schedule_lr(b, 3) && schedule_lr(a, 77) == schedule_lr(b, 77));
-	}
-	assert_memory_equal(&a->zero.stage3_prefetch_bucket_size, &b->zero.stage3_prefetch_bucket_size,
-			    offsetof(struct zero_config, overlap_comm) -
-				    offsetof(struct zero_config, stage3_prefetch_bucket_size));
-	assert_int_equal(a->zero.overlap_comm, b->zero.overlap_comm);
-	assert_int_equal(a->zero.contiguous_gradients, b->zero.contiguous_gradients);
-	assert_int_equal(a->steps_per_print, b->steps_per_print);
-	assert_memory_equal(&a->model, &b->model, offsetof(struct model_config, tie_word_embeddings));
-	assert_string_equal(a->model.json, b->model.json);
-	assert_int_equal(!a->weights, !b->weights);
-	if (a->weights)
-		assert_string_equal(a->weights, b->weights);
-	assert_sources_equal(a->data.train, a->data.n_train, b->data.train, b->data.n_train);
-	assert_sources_equal(a->data.validation, a->data.n_validation, b->data.validation, b->data.n_validation);
-	assert_true(a->data.validation_fraction == b->data.validation_fraction);
-	assert_int_equal(a->data.format, b->data.format);
-	assert_int_equal(a->data.sequence_length, b->data.sequence_length);
-	assert_int_equal(!a->data.tokenizer, !b->data.tokenizer);
-	if (a->data.tokenizer)
-		assert_string_equal(a->data.tokenizer, b->data.tokenizer);
-	assert_int_equal(!a->data.end_token, !b->data.end_token);
-	if (a->data.end_token)
-		assert_string_equal(a->data.end_token, b->data.end_token);
-	assert_int_equal(a->data.eos_token, b->data.eos_token);
-	assert_int_equal(a->steps, b->steps);
-	assert_int_equal(a->seed, b->seed);
-	assert_int_equal(a->eval_interval, b->eval_interval);
-	assert_int_equal(a->eval_batches, b->eval_batches);
-	assert_int_equal(a->shards, b->shards);
-	assert_int_equal(a->workers, b->workers);
-	assert_int_equal(a->threads_per_worker, b->threads_per_worker);
-	assert_int_equal(a->threads_per_shard, b->threads_per_shard);
-	assert_string_equal(a->fabric, b->fabric);
-	assert_int_equal(a->host_sharing, b->host_sharing);
-	assert_int_equal(a->host_wait_ms, b->host_wait_ms);
-	assert_int_equal(a->n_rdma, b->n_rdma);
-	for (uint32_t i = 0; i < a->n_rdma; i++) {
-		assert_string_equal(a->rdma[i].name, b->rdma[i].name);
-		assert_string_equal(a->rdma[i].value, b->rdma[i].value);
-	}
-	assert_string_equal(a->math, b->math);
-	assert_string_equal(a->run_dir, b->run_dir);
-	assert_int_equal(a->state_hash_interval, b->state_hash_interval);
-	assert_int_equal(a->activation_memory, b->activation_memory);
-	assert_int_equal(a->activations, b->activations);
-	assert_int_equal(a->max_owners_per_unit, b->max_owners_per_unit);
-	assert_int_equal(a->max_held_nodes, b->max_held_nodes);
-	assert_int_equal(a->partial_sum_memory, b->partial_sum_memory);
-}
-
-static void check_round_trip(const struct job_config *a)
-{
-	struct job_config b;
-	struct err e = { 0 };
-	char *text, *again;
-
-	assert_int_equal(job_config_dump(a, &text, &e), 0);
-	if (job_config_parse(text, "dump", "/elsewhere", &b, &e))
-		fail_msg("%s\n%s", e.text, text);
-	assert_configs_equal(a, &b);
-	assert_int_equal(job_config_dump(&b, &again, &e), 0);
-	assert_string_equal(text, again);
-	free(text);
-	free(again);
-	job_config_release(&b);
-}
-
 static void test_round_trip(void **state)
 {
 	static const char *const variants[] = {
@@ -534,18 +428,6 @@ static void test_override(void **state)
 	assert_string_equal(e.text, "--fabric: expected auto, local, local-copy, verbs or ofi, found \"tcp\"");
 	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .workers = 5000 }, &e), -EINVAL);
 	assert_string_equal(e.text, "--workers: expected at most 4096, found 5000");
-	job_config_release(&c);
-}
-
-static void check_invalid(const char *text, const char *message)
-{
-	struct job_config c;
-	struct err e = { 0 };
-
-	if (job_config_parse(text, "ds.json", "/base", &c, &e))
-		fail_msg("%s", e.text);
-	assert_int_equal(job_config_validate(&c, &e), -EINVAL);
-	assert_string_equal(e.text, message);
 	job_config_release(&c);
 }
 
@@ -609,184 +491,6 @@ static void test_load(void **state)
 	assert_int_equal(system(path), 0);
 }
 
-/* data.train as sources with paths, formats and weights. */
-static void test_sources(void **state)
-{
-	static const struct {
-		const char *data, *message;
-	} bad[] = {
-		{ "\"train\": [{\"path\": \"a\", \"weight\": 1}, \"b\"]",
-		  "data.train: give every source a weight, or none" },
-		{ "\"train\": {\"paths\": \"a\"}", "data.train.paths: unknown key; did you mean \"path\"?" },
-		{ "\"train\": {\"path\": \"a\", \"tokenizer\": 1}",
-		  "data.train.tokenizer: unknown key; a source has path, format and weight" },
-		{ "\"train\": {\"format\": \"jsonl\"}", "data.train: a source without path" },
-		{ "\"train\": {\"path\": []}",
-		  "data.train.path: expected a path or a list of paths, found an empty list" },
-		{ "\"train\": {\"path\": \"a\", \"weight\": 0}",
-		  "data.train.weight: expected a number from 1e-06 to 1e+06" },
-		{ "\"train\": {\"path\": \"a\", \"format\": \"txt\"}",
-		  "data.train.format: expected \"bytes\", \"llmc\"" },
-		{ "\"train\": [{\"path\": \"a\"}, {\"path\": \"b\", \"format\": \"nanogpt\"}]",
-		  "data.train: \"bytes\" and \"nanogpt\" do not mix" },
-		{ "\"train\": \"a\", \"validation\": {\"path\": \"a\", \"weight\": 1}",
-		  "data.validation.weight: held-out data are taken evenly; leave it out" },
-	};
-	struct job_config c, again;
-	struct err e = { 0 };
-	char *text;
-
-	(void)state;
-	if (job_config_parse("{\"shardmesh\": {" MODEL
-			     ", \"data\": {\"train\": [{\"path\": [\"a\", \"b\"], \"weight\": 3},"
-			     " {\"path\": \"c\", \"weight\": 0.5, \"format\": \"bytes\"}], \"format\": \"jsonl\","
-			     " \"validation\": \"v\"}}}",
-			     "ds.json", "/base", &c, &e))
-		fail_msg("%s", e.text);
-	assert_int_equal(c.data.n_train, 2);
-	assert_int_equal(c.data.train[0].n_paths, 2);
-	assert_string_equal(c.data.train[0].path[1], "/base/b");
-	assert_int_equal(c.data.train[0].format, DATA_JSONL);
-	assert_true(c.data.train[0].weight == 3 && c.data.train[1].weight == 0.5);
-	assert_int_equal(c.data.train[1].format, DATA_BYTES);
-	assert_int_equal(c.data.validation[0].format, DATA_JSONL);
-	assert_string_equal(data_token_kind(&c.data), "bytes");
-	assert_true(data_config_packed(&c.data));
-	assert_int_equal(job_config_dump(&c, &text, &e), 0);
-	assert_int_equal(job_config_parse(text, "dump", "/", &again, &e), 0);
-	assert_configs_equal(&c, &again);
-	job_config_release(&again);
-	job_config_release(&c);
-	free(text);
-	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
-		assert_true(asprintf(&text, "{\"shardmesh\": {" MODEL ", \"data\": {%s}}}", bad[i].data) > 0);
-		assert_int_equal(job_config_parse(text, "ds.json", "/base", &c, &e), -EINVAL);
-		if (!strstr(e.text, bad[i].message))
-			fail_msg("\"%s\" does not hold \"%s\"", e.text, bad[i].message);
-		free(text);
-	}
-}
-
-/* A tokenizer makes tokens of JSONL and text, which then stand beside token files, and not beside bytes. */
-static void test_tokenizer(void **state)
-{
-	static const struct {
-		const char *data, *message;
-	} bad[] = {
-		{ "\"train\": \"a\", \"format\": \"text\"",
-		  "shardmesh.data.format: \"text\" needs shardmesh.data.tokenizer; with \"bytes\" every byte is a token" },
-		{ "\"train\": \"a\", \"tokenizer\": \"t\"",
-		  "shardmesh.data.tokenizer: no source is \"text\" or \"jsonl\"; the others are tokens as they are" },
-		{ "\"train\": \"a\", \"end_token\": \"x\"",
-		  "shardmesh.data.end_token: it is of a shardmesh.data.tokenizer; give one" },
-		{ "\"train\": \"a\", \"format\": \"jsonl\", \"tokenizer\": \"t\", \"validation\": {\"path\": \"v\", "
-		  "\"format\": \"bytes\"}",
-		  "shardmesh.data: training data are tokens and validation data are bytes" },
-	};
-	struct job_config c;
-	struct err e = { 0 };
-	char text[1024];
-
-	(void)state;
-	if (job_config_parse(
-		    "{\"train_batch_size\": 8, \"shardmesh\": {\"model\": {\"vocab_size\": 100, \"eos_token_id\": "
-		    "[7, 8]}, \"steps\": 1, \"data\": {\"train\": [{\"path\": \"a\", \"format\": \"jsonl\"},"
-		    " {\"path\": \"b\", \"format\": \"nanogpt\"}, {\"path\": \"c\", \"format\": \"text\"}],"
-		    " \"end_token\": \"</s>\", \"tokenizer\": \"t/tokenizer.json\"}}}",
-		    "ds.json", "/base", &c, &e) ||
-	    job_config_validate(&c, &e))
-		fail_msg("%s", e.text);
-	assert_string_equal(c.data.tokenizer, "/base/t/tokenizer.json");
-	assert_string_equal(c.data.end_token, "</s>");
-	assert_int_equal(c.data.eos_token, 7);
-	assert_string_equal(data_token_kind(&c.data), "tokenizer");
-	check_round_trip(&c);
-	job_config_release(&c);
-	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
-		snprintf(text, sizeof(text),
-			 "{\"train_batch_size\": 8, \"shardmesh\": {" MODEL ", \"steps\": 1, \"data\": {%s}}}",
-			 bad[i].data);
-		check_invalid(text, bad[i].message);
-	}
-	assert_int_equal(job_config_parse("{\"shardmesh\": {" MODEL ", \"data\": {\"train\": [{\"path\": \"a\"}, "
-					  "{\"path\": \"b\", \"format\": \"jsonl\"}], \"tokenizer\": \"t\"}}}",
-					  "ds.json", "/base", &c, &e),
-			 -EINVAL);
-	assert_non_null(strstr(e.text, "\"bytes\" and \"jsonl\" do not mix"));
-}
-
-static void write_text(const char *dir, const char *name, const char *text)
-{
-	char path[160];
-
-	snprintf(path, sizeof(path), "%s/%s", dir, name);
-	assert_int_equal(file_write_atomic(path, text, strlen(text), 0600, NULL), 0);
-}
-
-/* The weights that a config comes to (NULL: random), and the note that says so; through a dump they are the same. */
-static void check_weights(const char *dir, const char *keys, const char *want, const char *note)
-{
-	struct job_config c, again;
-	char *text = NULL, *dump;
-	struct err e = { 0 };
-	bool noted = false;
-
-	assert_true(asprintf(&text, "{\"shardmesh\": {%s, " DATA "}}", keys) > 0);
-	if (job_config_parse(text, "ds.json", dir, &c, &e))
-		fail_msg("%s", e.text);
-	for (uint32_t i = 0; i < c.n_notes; i++)
-		noted |= strstr(c.note[i], note) != NULL;
-	assert_true(noted || !note[0]);
-	assert_int_equal(job_config_dump(&c, &dump, &e), 0);
-	assert_int_equal(job_config_parse(dump, "dump", "/", &again, &e), 0);
-	if (want) {
-		assert_string_equal(c.weights, want);
-		assert_string_equal(again.weights, want);
-	} else {
-		assert_null(c.weights);
-		assert_null(again.weights);
-	}
-	job_config_release(&again);
-	job_config_release(&c);
-	free(dump);
-	free(text);
-}
-
-static void test_initialize(void **state)
-{
-	char dir[] = "/tmp/shardmesh_config_XXXXXX", m[64], command[64];
-	struct job_config c;
-	struct err e = { 0 };
-
-	(void)state;
-	assert_non_null(mkdtemp(dir));
-	snprintf(m, sizeof(m), "%s/m", dir);
-	assert_int_equal(mkdir(m, 0700), 0);
-	write_text(m, "config.json", "{\"n_embd\": 32, \"n_head\": 2}");
-	check_weights(dir, "\"model\": \"m\"", NULL,
-		      "no model.safetensors and no model.safetensors.index.json; the first parameters are random");
-	check_weights(dir, "\"model\": \"m\", \"initialize\": \"weights\"", m, "");
-	write_text(m, "pytorch_model.bin", "");
-	assert_int_equal(job_config_parse("{\"shardmesh\": {\"model\": \"m\", " DATA "}}", "ds.json", dir, &c, &e),
-			 -EINVAL);
-	assert_non_null(strstr(e.text, "only safetensors are read"));
-	check_weights(dir, "\"model\": \"m\", \"initialize\": \"random\"", NULL, "");
-	write_text(m, "model.safetensors.index.json", "");
-	check_weights(dir, "\"model\": \"m\"", m, "the first parameters are read from");
-	check_weights(dir, "\"model\": \"m/config.json\"", NULL, "");
-	check_weights(dir, "\"model\": \"m\", \"weights\": \"/w\"", "/w", "");
-	check_weights(dir, MODEL ", \"weights\": \"/w\", \"initialize\": \"random\"", NULL,
-		      "shardmesh.weights: no effect here");
-	assert_int_equal(job_config_parse("{\"shardmesh\": {" MODEL ", \"initialize\": \"weights\", " DATA "}}",
-					  "ds.json", dir, &c, &e),
-			 -EINVAL);
-	assert_string_equal(e.text,
-			    "ds.json:1: shardmesh.initialize: \"weights\" needs shardmesh.weights, or a directory "
-			    "as shardmesh.model");
-	snprintf(command, sizeof(command), "rm -r %s", dir);
-	assert_int_equal(system(command), 0);
-}
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -801,9 +505,6 @@ int main(void)
 		cmocka_unit_test(test_override),
 		cmocka_unit_test(test_validate),
 		cmocka_unit_test(test_load),
-		cmocka_unit_test(test_initialize),
-		cmocka_unit_test(test_sources),
-		cmocka_unit_test(test_tokenizer),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
