@@ -167,32 +167,22 @@ static void test_slow_start(void **state)
 
 /* ---------------------------------------------------------------------- a run */
 
-static void test_run(void **state)
+/* Step 1 is opened, and the second worker has its second half. */
+static void check_first_step(struct bench *b)
 {
-	struct bench *b = bench_new(2, 2, 4);
-	const struct coord_action *a;
-	const struct msg_step *m;
-	uint64_t version;
-	double loss;
+	const struct msg_step *m = &sent(b, b->shard[0], WIRE_STEP)->msg.step;
 
-	(void)state;
-	b->cfg.n_eval = 2;
-	b->cfg.eval_interval = 2;
-	b->cfg.state_hash_interval = 2;
-	b->cfg.gradient_clipping = 0.25;
-	start(b);
-	m = &sent(b, b->shard[0], WIRE_STEP)->msg.step;
 	assert_true(!m->has_commit && m->has_open && m->open_step == 1 && m->n_micro == 4 && !m->n_eval && !m->lease);
 	m = &sent(b, b->worker[1], WIRE_STEP)->msg.step;
 	assert_true(m->lease && m->lease_kind == LEASE_TRAIN && m->lease_first == 2 && m->lease_level == 1);
-	b->now += 2 * SECOND;
-	work_off(b);
-	vote(b, b->shard[1], 16);
-	assert_null(sent(b, b->shard[1], WIRE_STEP));
-	vote(b, b->shard[0], 9);
-	/* One message commits 1 and opens 2: norm sqrt(25)/4, clipped. */
+}
+
+/* One message commits 1 and opens 2: norm sqrt(25)/4, clipped. */
+static void check_first_commit(struct bench *b)
+{
 	for (uint32_t i = 0; i < 4; i++) {
 		uint32_t member = i < 2 ? b->shard[i] : b->worker[i - 2];
+		const struct msg_step *m;
 
 		assert_int_equal(count_sent(b, member, WIRE_STEP), 1);
 		m = &sent(b, member, WIRE_STEP)->msg.step;
@@ -202,17 +192,43 @@ static void test_run(void **state)
 		assert_true(m->bias1 == 1 - 0.9 && m->bias2 == 1 - 0.99 && !m->hash_wanted);
 		assert_int_equal(m->lease != 0, i >= 2);
 	}
-	assert_null(done(b, COORD_LINE));
-	applied(b, b->shard[0], 1);
-	applied(b, b->shard[0], 1);
-	assert_null(done(b, COORD_LINE));
-	applied(b, b->shard[1], 1);
-	a = done(b, COORD_LINE);
+}
+
+static void check_first_line(const struct coord_action *a)
+{
 	assert_true(a && a->record.step == 1 && a->record.loss == 1.0 && a->record.grad_norm == 1.25);
 	assert_true(a->record.tokens == 64 && a->record.step_seconds == 2 && a->record.tokens_per_second == 32);
 	assert_true(a->record.lr == 0.5 && a->record.workers == 2 && a->record.shards == 2 && a->record.epoch == 4);
 	assert_true(a->record.seconds_compute == 2 && a->record.seconds_fetch == 0.5 && a->record.seconds_push == 1);
 	assert_false(a->record.has_validation_loss || a->record.has_state_hash);
+}
+
+static void test_run(void **state)
+{
+	struct bench *b = bench_new(2, 2, 4);
+	const struct coord_action *a;
+	uint64_t version;
+	double loss;
+
+	(void)state;
+	b->cfg.n_eval = 2;
+	b->cfg.eval_interval = 2;
+	b->cfg.state_hash_interval = 2;
+	b->cfg.gradient_clipping = 0.25;
+	start(b);
+	check_first_step(b);
+	b->now += 2 * SECOND;
+	work_off(b);
+	vote(b, b->shard[1], 16);
+	assert_null(sent(b, b->shard[1], WIRE_STEP));
+	vote(b, b->shard[0], 9);
+	check_first_commit(b);
+	assert_null(done(b, COORD_LINE));
+	applied(b, b->shard[0], 1);
+	applied(b, b->shard[0], 1);
+	assert_null(done(b, COORD_LINE));
+	applied(b, b->shard[1], 1);
+	check_first_line(done(b, COORD_LINE));
 	/* Step 2: its hash is the sum of what the owners report, and version 2 is evaluated in step 3. */
 	whole_step(b);
 	a = done(b, COORD_LINE);

@@ -75,77 +75,77 @@ static void test_golden(void **state)
 #define T(fields) "{\"t\":{" fields "}}"
 #define F32(shape, begin, end) "\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" #begin "," #end "]"
 
+static const struct {
+	const char *header;
+	size_t data;
+	const char *message;
+} hostile[] = {
+	{ GOLDEN, 32, "something is behind them" },
+	{ GOLDEN, 14, "it is cut short" },
+	{ T(F32("[2,18446744073709551614]", 0, 16)), 16, "too big integer" },
+	{ T(F32("[2,9223372036854775807]", 0, 16)), 16, "tensor \"t\": shape overflows 64 bits" },
+	{ T(F32("[-1]", 0, 4)), 4, "dimension 0 of shape is not a non-negative integer" },
+	{ T(F32("[1.0]", 0, 4)), 4, "dimension 0 of shape is not a non-negative integer" },
+	{ T(F32("1", 0, 4)), 4, "shape is not a list" },
+	{ T(F32("[1,1,1,1,1,1,1,1,1]", 0, 4)), 4, "9 dimensions; at most 8" },
+	{ T(F32("[1]", 4, 0)), 4, "data_offsets end before they begin" },
+	{ T(F32("[1]", -4, 0)), 4, "data_offsets is not a list of two non-negative integers" },
+	{ T(F32("[1]", 0, 4.0)), 4, "data_offsets is not a list of two non-negative integers" },
+	{ T(F32("[1]", 0, 1e1)), 4, "data_offsets is not a list of two non-negative integers" },
+	{ T(F32("[1]", 0, 18446744073709551616)), 4, "too big integer" },
+	{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,\"4\"]"), 4,
+	  "data_offsets is not a list of two non-negative integers" },
+	{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,2,4]"), 4, "data_offsets is not a list of two" },
+	{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":{}"), 4, "data_offsets is not a list of two" },
+	{ T("\"dtype\":\"F32\",\"shape\":[4611686018427387904,8],\"data_offsets\":[0,0]"), 0,
+	  "tensor \"t\": shape overflows 64 bits" },
+	{ T("\"shape\":[1],\"data_offsets\":[0,4],\"type\":\"F32\""), 4, "expected exactly dtype, shape and" },
+	{ T("\"dtype\":null,\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype (not a string)" },
+	{ T("\"dtype\":\"f32\",\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype f32" },
+	{ T(F32("[1]", 4, 8)), 8, "begins at byte 4, where 0 was expected: a hole in the data" },
+	{ T(F32("[2]", 0, 4)), 4, "shape and dtype take 8 bytes and data_offsets give 4" },
+	{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]"), 4, "data_offsets is not a list of two" },
+	{ T("\"dtype\":\"F32\",\"shape\":[1]"), 4, "expected exactly dtype, shape and data_offsets" },
+	{ T(F32("[1]", 0, 4) ",\"x\":1"), 4, "expected exactly dtype, shape and data_offsets" },
+	{ T("\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype F31" },
+	{ T("\"dtype\":32,\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype (not a string)" },
+	{ T("\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,2]"), 2, "12 bits are no whole number of bytes" },
+	{ "{\"t\":[]}", 0, "expected exactly dtype, shape and data_offsets" },
+	{ "{\"a\":{" F32("[1]", 0, 4) "},\"b\":{" F32("[1]", 0, 4) "}}", 4, "tensors overlap" },
+	{ "{\"a\":{" F32("[2]", 0, 8) "},\"b\":{" F32("[1]", 4, 8) "}}", 8, "tensors overlap" },
+	{ "{\"a\":{" F32("[1]", 0, 4) "},\"b\":{" F32("[1]", 8, 12) "}}", 12, "a hole in the data" },
+	{ "{\"a\":{" F32("[1]", 0, 4) "},\"a\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
+	{ "{\"a\":{" F32("[1]", 0, 4) ",\"dtype\":\"F32\"}}", 4, "duplicate object key" },
+	{ "{\"a\":{" F32("[1]", 0, 4) "},\"\\u0061\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
+	{ "{\"__metadata__\":{\"x\":\"1\",\"x\":\"1\"}}", 0, "duplicate object key" },
+	{ "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "duplicate object key" },
+	{ "{\"a\\u0000b\":{" F32("[1]", 0, 4) "}}", 4, "NUL byte in object key" },
+	{ "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ \"format\" is not a string" },
+	{ "{\"__metadata__\":[]}", 0, "__metadata__ is not an object" },
+	{ "[]", 0, "the header is not a JSON object" },
+	{ "{} x", 0, "end of file expected" },
+	{ "{\"a\":NaN}", 0, "invalid token" },
+	{ "{/**/}", 0, "string or '}' expected" },
+	{ "{\"\xff\":{}}", 0, "unable to decode byte 0xff" },
+	{ "{\"\xc0\xaf\":{}}", 0, "unable to decode byte 0xc0" },
+	{ "\xef\xbb\xbf{}", 0, "header, byte" },
+	{ "{\"a\":Infinity}", 0, "invalid token" },
+	{ "{\"a\":{" F32("[1]", 0, 4) "},}", 4, "string or '}' expected" },
+	{ "", 0, "header, byte" },
+};
+
 static void test_hostile(void **state)
 {
-	static const struct {
-		const char *header;
-		size_t data;
-		const char *message;
-	} bad[] = {
-		{ GOLDEN, 32, "something is behind them" },
-		{ GOLDEN, 14, "it is cut short" },
-		{ T(F32("[2,18446744073709551614]", 0, 16)), 16, "too big integer" },
-		{ T(F32("[2,9223372036854775807]", 0, 16)), 16, "tensor \"t\": shape overflows 64 bits" },
-		{ T(F32("[-1]", 0, 4)), 4, "dimension 0 of shape is not a non-negative integer" },
-		{ T(F32("[1.0]", 0, 4)), 4, "dimension 0 of shape is not a non-negative integer" },
-		{ T(F32("1", 0, 4)), 4, "shape is not a list" },
-		{ T(F32("[1,1,1,1,1,1,1,1,1]", 0, 4)), 4, "9 dimensions; at most 8" },
-		{ T(F32("[1]", 4, 0)), 4, "data_offsets end before they begin" },
-		{ T(F32("[1]", -4, 0)), 4, "data_offsets is not a list of two non-negative integers" },
-		{ T(F32("[1]", 0, 4.0)), 4, "data_offsets is not a list of two non-negative integers" },
-		{ T(F32("[1]", 0, 1e1)), 4, "data_offsets is not a list of two non-negative integers" },
-		{ T(F32("[1]", 0, 18446744073709551616)), 4, "too big integer" },
-		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,\"4\"]"), 4,
-		  "data_offsets is not a list of two non-negative integers" },
-		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,2,4]"), 4,
-		  "data_offsets is not a list of two" },
-		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":{}"), 4, "data_offsets is not a list of two" },
-		{ T("\"dtype\":\"F32\",\"shape\":[4611686018427387904,8],\"data_offsets\":[0,0]"), 0,
-		  "tensor \"t\": shape overflows 64 bits" },
-		{ T("\"shape\":[1],\"data_offsets\":[0,4],\"type\":\"F32\""), 4, "expected exactly dtype, shape and" },
-		{ T("\"dtype\":null,\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype (not a string)" },
-		{ T("\"dtype\":\"f32\",\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype f32" },
-		{ T(F32("[1]", 4, 8)), 8, "begins at byte 4, where 0 was expected: a hole in the data" },
-		{ T(F32("[2]", 0, 4)), 4, "shape and dtype take 8 bytes and data_offsets give 4" },
-		{ T("\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]"), 4, "data_offsets is not a list of two" },
-		{ T("\"dtype\":\"F32\",\"shape\":[1]"), 4, "expected exactly dtype, shape and data_offsets" },
-		{ T(F32("[1]", 0, 4) ",\"x\":1"), 4, "expected exactly dtype, shape and data_offsets" },
-		{ T("\"dtype\":\"F31\",\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype F31" },
-		{ T("\"dtype\":32,\"shape\":[1],\"data_offsets\":[0,4]"), 4, "unknown dtype (not a string)" },
-		{ T("\"dtype\":\"F4\",\"shape\":[3],\"data_offsets\":[0,2]"), 2,
-		  "12 bits are no whole number of bytes" },
-		{ "{\"t\":[]}", 0, "expected exactly dtype, shape and data_offsets" },
-		{ "{\"a\":{" F32("[1]", 0, 4) "},\"b\":{" F32("[1]", 0, 4) "}}", 4, "tensors overlap" },
-		{ "{\"a\":{" F32("[2]", 0, 8) "},\"b\":{" F32("[1]", 4, 8) "}}", 8, "tensors overlap" },
-		{ "{\"a\":{" F32("[1]", 0, 4) "},\"b\":{" F32("[1]", 8, 12) "}}", 12, "a hole in the data" },
-		{ "{\"a\":{" F32("[1]", 0, 4) "},\"a\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
-		{ "{\"a\":{" F32("[1]", 0, 4) ",\"dtype\":\"F32\"}}", 4, "duplicate object key" },
-		{ "{\"a\":{" F32("[1]", 0, 4) "},\"\\u0061\":{" F32("[1]", 0, 4) "}}", 4, "duplicate object key" },
-		{ "{\"__metadata__\":{\"x\":\"1\",\"x\":\"1\"}}", 0, "duplicate object key" },
-		{ "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "duplicate object key" },
-		{ "{\"a\\u0000b\":{" F32("[1]", 0, 4) "}}", 4, "NUL byte in object key" },
-		{ "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ \"format\" is not a string" },
-		{ "{\"__metadata__\":[]}", 0, "__metadata__ is not an object" },
-		{ "[]", 0, "the header is not a JSON object" },
-		{ "{} x", 0, "end of file expected" },
-		{ "{\"a\":NaN}", 0, "invalid token" },
-		{ "{/**/}", 0, "string or '}' expected" },
-		{ "{\"\xff\":{}}", 0, "unable to decode byte 0xff" },
-		{ "{\"\xc0\xaf\":{}}", 0, "unable to decode byte 0xc0" },
-		{ "\xef\xbb\xbf{}", 0, "header, byte" },
-		{ "{\"a\":Infinity}", 0, "invalid token" },
-		{ "{\"a\":{" F32("[1]", 0, 4) "},}", 4, "string or '}' expected" },
-		{ "", 0, "header, byte" },
-	};
-
 	(void)state;
-	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+	for (size_t i = 0; i < ARRAY_LEN(hostile); i++) {
 		struct st_file f;
 		struct err e = { 0 };
 
-		assert_int_equal(open_bytes(strlen(bad[i].header), bad[i].header, zeros, bad[i].data, &f, &e), -EINVAL);
-		if (!strstr(e.text, bad[i].message) || strncmp(e.text, path, strlen(path)))
-			fail_msg("\"%s\" does not hold \"%s\"", e.text, bad[i].message);
+		assert_int_equal(
+			open_bytes(strlen(hostile[i].header), hostile[i].header, zeros, hostile[i].data, &f, &e),
+			-EINVAL);
+		if (!strstr(e.text, hostile[i].message) || strncmp(e.text, path, strlen(path)))
+			fail_msg("\"%s\" does not hold \"%s\"", e.text, hostile[i].message);
 	}
 }
 
