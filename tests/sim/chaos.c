@@ -23,6 +23,8 @@ void chaos_begin(struct sim *s)
 		sim_at(s, moment(s), (struct event){ .kind = EV_JOIN });
 	for (uint32_t i = 0; i < s->plan.freezes; i++)
 		sim_at(s, moment(s), (struct event){ .kind = EV_FREEZE });
+	for (uint32_t i = 0; i < s->plan.partings; i++)
+		sim_at(s, moment(s), (struct event){ .kind = EV_PART });
 	for (uint32_t i = 0; i < s->plan.kills / 2; i++)
 		sim_at(s, moment(s), (struct event){ .kind = EV_CHAOS });
 }
@@ -32,7 +34,7 @@ static void kill_later(struct sim *s, uint32_t worker)
 	if (s->kills >= s->plan.kills || worker == 0 || !s->worker[worker].here)
 		return;
 	s->kills++;
-	sim_at(s, s->now + chance_below(&s->chance, s->plan.latency_ns * 2),
+	sim_at(s, s->now + chance_below(&s->chance, chance_of(&s->chance, 500) ? 2 * s->plan.latency_ns : SIM_US),
 	       (struct event){ .kind = EV_KILL, .a = worker });
 	if (chance_of(&s->chance, 500) && s->n_workers < s->max_workers)
 		sim_at(s, moment(s), (struct event){ .kind = EV_JOIN });
@@ -40,7 +42,7 @@ static void kill_later(struct sim *s, uint32_t worker)
 
 void chaos_chance(struct sim *s, uint32_t worker)
 {
-	if (chance_of(&s->chance, s->plan.kill_per_1000))
+	if (!s->plan.at_sums && chance_of(&s->chance, s->plan.kill_per_1000))
 		kill_later(s, worker);
 }
 
@@ -56,6 +58,16 @@ static void freeze(struct sim *s, uint32_t worker)
 	w->frozen_until = (s->now + long_ns[chance_below(&s->chance, ARRAY_LEN(long_ns))]) | 1;
 	sim_trace(s, "worker %u is frozen until %.6f", worker, (double)w->frozen_until * 1e-9);
 	sim_at(s, w->frozen_until, (struct event){ .kind = EV_THAW, .a = worker });
+}
+
+void chaos_at_sum(struct sim *s, uint32_t worker)
+{
+	if (!chance_of(&s->chance, s->plan.kill_per_1000))
+		return;
+	if (chance_of(&s->chance, 600))
+		kill_later(s, worker);
+	else if (s->freezes < s->plan.freezes + s->plan.kills)
+		freeze(s, worker);
 }
 
 void chaos_event(struct sim *s, const struct event *e)
@@ -77,6 +89,9 @@ void chaos_event(struct sim *s, const struct event *e)
 			sim_at(s, moment(s), *e);
 		else
 			freeze(s, any);
+		break;
+	case EV_PART:
+		host_part(s, &s->worker[any]);
 		break;
 	default:
 		if (s->n_workers == s->max_workers)

@@ -76,6 +76,27 @@ static void choose_trouble(struct plan *p, struct chance *c)
 	p->stop_at_ns = chance_of(c, 100) ? chance_range(c, 1, 2 * work + 10 * SIM_MS) : 0;
 }
 
+/* By chance of its own, so that whoever adds to the above gets other troubles but the same hosts. */
+static void choose_hosts(struct plan *p, uint64_t seed, const struct plan_options *o)
+{
+	struct chance c = { .state = seed * 1000003 + 500 };
+
+	p->per_host = (uint32_t)PICK(&c, 0, 0, 2, 3, 4, 8);
+	p->per_host = o->per_host ? (uint32_t)o->per_host : p->per_host;
+	p->host_wait_ns = PICK(&c, 0, 300 * SIM_US, 5 * SIM_MS, 100 * SIM_MS);
+	p->add_ns = PICK(&c, 2 * SIM_US, 100 * SIM_US, 5 * SIM_MS, 50 * SIM_MS);
+	p->at_sums = p->per_host && chance_of(&c, 700);
+	if (p->at_sums) {
+		p->kills = (uint32_t)PICK(&c, 2, 5, 10);
+		p->kill_per_1000 = (uint32_t)PICK(&c, 10, 100, 300);
+	}
+	p->stranger_per_1000 = (uint32_t)PICK(&c, 0, 0, 100);
+	p->partings = p->per_host ? (uint32_t)PICK(&c, 0, 0, 1, 3) : 0;
+	/* Who is read in place has nothing to add. */
+	if (p->per_host)
+		p->push_per_1000 = (uint32_t)PICK(&c, 500, 1000, 1000);
+}
+
 void plan_make(struct plan *p, uint64_t seed, const struct plan_options *o)
 {
 	struct chance c = { .state = seed * 1000003 };
@@ -84,6 +105,7 @@ void plan_make(struct plan *p, uint64_t seed, const struct plan_options *o)
 	choose_size(p, &c, o);
 	choose_owners(p, &c);
 	choose_trouble(p, &c);
+	choose_hosts(p, seed, o);
 }
 
 void plan_print(const struct plan *p)
@@ -94,6 +116,11 @@ void plan_print(const struct plan *p)
 	       p->n_eval, p->eval_interval, p->steps, p->max_held, p->pool);
 	printf("      push %u/1000, max span %u, latency %" PRIu64 " us, compute %" PRIu64 " us, fold %" PRIu64 " us\n",
 	       p->push_per_1000, p->max_span, p->latency_ns / SIM_US, p->compute_ns / SIM_US, p->fold_ns / SIM_US);
+	if (p->per_host)
+		printf("      %u workers a host wait %" PRIu64 " us, add for %" PRIu64
+		       " us%s, strangers %u/1000, %u partings\n",
+		       p->per_host, p->host_wait_ns / SIM_US, p->add_ns / SIM_US, p->at_sums ? " and die at it" : "",
+		       p->stranger_per_1000, p->partings);
 	printf("      slow %u/1000, lag %u/1000, repeat %u/1000, defer %u/1000, %u kills (%u/1000), %u joins, %u freezes, stop at %" PRIu64
 	       " us\n",
 	       p->slow_per_1000, p->lag_per_1000, p->repeat_per_1000, p->defer_per_1000, p->kills, p->kill_per_1000,

@@ -234,7 +234,8 @@ static void drain(struct sim *s)
 
 void shell_register(struct sim *s, enum member_role role, uint32_t index)
 {
-	struct msg_registration r = { .pid = 1000 + index, .host_id = index / 8, .host = "sim", .listen = "sim:1" };
+	uint32_t host = role == ROLE_WORKER ? s->worker[index].host : index / 8;
+	struct msg_registration r = { .pid = 1000 + index, .host_id = host, .host = "sim", .listen = "sim:1" };
 	uint32_t member;
 	struct err e;
 

@@ -5,6 +5,7 @@
  *   sim --seeds 500                    seeds 1 to 500; the first failure is told with how to replay it
  *   sim --seed 42 --verbose            one seed, with what happens
  *   sim --workers 2000 --micro 4096    sizes over the seed's
+ *   sim --per-host 4 --seeds 500       workers that add their sums on their hosts, whatever the seed says
  *   sim --expect-caught "wrong root"   for a rule that is wrong: ends well as soon as a seed fails like this
  *   sim --drop-recalls                 the wrong rule that needs no other coverage: nobody is ever called back
  *
@@ -29,6 +30,8 @@ struct options {
 };
 struct totals {
 	uint64_t events, kills, joins, freezes, recalls, starved, spilled, lines;
+	uint64_t added, alone, torn, given_back, parted_living, undecided;
+	uint64_t died_in[SUBTREE_OVER + 1], bereaved[SUBTREE_OVER + 1];
 };
 
 static void dispatch(struct sim *s, const struct event *e)
@@ -54,10 +57,15 @@ static void dispatch(struct sim *s, const struct event *e)
 	case EV_COMPUTE:
 	case EV_BEAT_WORKER:
 	case EV_THAW:
+	case EV_LOOK:
+	case EV_ADDED:
+	case EV_MEET:
+	case EV_PARTED:
 		worker_event(s, e);
 		break;
 	case EV_KILL:
 	case EV_FREEZE:
+	case EV_PART:
 	case EV_JOIN:
 	case EV_CHAOS:
 		chaos_event(s, e);
@@ -101,6 +109,8 @@ static int open_world(struct sim *s)
 
 static void close_world(struct sim *s)
 {
+	for (uint32_t i = 0; i < s->n_workers; i++)
+		host_close(s, &s->worker[i]);
 	for (uint32_t i = 0; i < s->n_heap; i++)
 		sim_mail_free(s, s->heap[i].mail);
 	while (s->mail_free) {
@@ -115,6 +125,50 @@ static void close_world(struct sim *s)
 	free(s->worker_of);
 	free(s->worker);
 	free(s->heap);
+}
+
+static void add_up(struct totals *t, const struct sim *s)
+{
+	t->events += s->n_events;
+	t->kills += s->kills;
+	t->joins += s->joins;
+	t->freezes += s->freezes;
+	t->recalls += s->recalls;
+	t->starved += s->starved;
+	t->spilled += s->spilled;
+	t->lines += s->lines;
+	t->added += s->added;
+	t->alone += s->alone;
+	t->torn += s->torn;
+	t->given_back += s->given_back;
+	t->parted_living += s->parted_living;
+	t->undecided += s->undecided;
+	for (uint32_t i = 0; i <= SUBTREE_OVER; i++) {
+		t->died_in[i] += s->died_in[i];
+		t->bereaved[i] += s->bereaved[i];
+	}
+}
+
+static void print_states(const char *whose, const uint64_t n[SUBTREE_OVER + 1])
+{
+	printf("%s: %" PRIu64 " waited, %" PRIu64 " were added to, %" PRIu64 " offered, %" PRIu64
+	       " were being taken, %" PRIu64 " given, %" PRIu64 " with the owners\n",
+	       whose, n[SUBTREE_WAITS], n[SUBTREE_ADDS], n[SUBTREE_OFFERED], n[SUBTREE_TAKEN], n[SUBTREE_GIVEN],
+	       n[SUBTREE_PUSHED]);
+}
+
+static void print_totals(const struct totals *t, uint64_t seeds)
+{
+	printf("%" PRIu64 " jobs: %" PRIu64 " lines, %" PRIu64 " events, %" PRIu64 " kills, %" PRIu64 " joins, %" PRIu64
+	       " freezes, %" PRIu64 " starved, %" PRIu64 " recalls, %" PRIu64 " spilled sums\n",
+	       seeds, t->lines, t->events, t->kills, t->joins, t->freezes, t->starved, t->recalls, t->spilled);
+	if (!t->added)
+		return;
+	printf("hosts: %" PRIu64 " sums added, %" PRIu64 " went alone, %" PRIu64 " torn, %" PRIu64
+	       " spans given back, %" PRIu64 " living neighbours let go, %" PRIu64 " died between two looks\n",
+	       t->added, t->alone, t->torn, t->given_back, t->parted_living, t->undecided);
+	print_states("sums of the dead", t->died_in);
+	print_states("of their neighbours", t->bereaved);
 }
 
 /* 0, or 1 with what went wrong in why. */
@@ -137,15 +191,8 @@ static int run_seed(uint64_t seed, const struct options *o, struct totals *t, ch
 	run(s);
 	failed = s->failed;
 	snprintf(why, 512, "%s", s->why);
-	t->events += s->n_events;
-	t->kills += s->kills;
-	t->joins += s->joins;
-	t->freezes += s->freezes;
-	t->recalls += s->recalls;
-	t->starved += s->starved;
-	t->spilled += s->spilled;
-	t->lines += s->lines;
 	close_world(s);
+	add_up(t, s);
 	free(s);
 	return failed;
 }
@@ -173,6 +220,7 @@ static int parse(struct options *o, int argc, char **argv, struct err *e)
 		{ .name = "owners", .kind = OPT_U64, .out = &o->plan.owners, .arg = "N", .help = "shard services" },
 		{ .name = "steps", .kind = OPT_U64, .out = &o->plan.steps, .arg = "N", .help = "of the job" },
 		{ .name = "held", .kind = OPT_U64, .out = &o->plan.held, .arg = "N", .help = "K" },
+		{ .name = "per-host", .kind = OPT_U64, .out = &o->plan.per_host, .arg = "N", .help = "workers" },
 		{ .name = "drop-recalls", .kind = OPT_FLAG, .out = &o->drop_recalls, .help = "a wrong rule" },
 		{ .name = "expect-caught",
 		  .kind = OPT_STR,
@@ -224,8 +272,6 @@ int main(int argc, char **argv)
 		print_failure(seed, &o, why);
 		return EXIT_JOB_FAILED;
 	}
-	printf("%" PRIu64 " jobs: %" PRIu64 " lines, %" PRIu64 " events, %" PRIu64 " kills, %" PRIu64 " joins, %" PRIu64
-	       " freezes, %" PRIu64 " starved, %" PRIu64 " recalls, %" PRIu64 " spilled sums\n",
-	       o.seeds, t.lines, t.events, t.kills, t.joins, t.freezes, t.starved, t.recalls, t.spilled);
+	print_totals(&t, o.seeds);
 	return o.caught ? EXIT_JOB_FAILED : EXIT_OK;
 }

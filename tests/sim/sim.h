@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A whole job in one thread: the real coordinator and the real coverages, with
- * model workers, a network that delays, a clock that is a number and a seed that
+ * A whole job in one thread: the real coordinator, the real coverages and, where
+ * workers of a host add their sums, the real machine for it; with model workers, a network that delays, a clock that is a number and a seed that
  * decides everything else. Sums are names: the value of a contribution is a hash
  * of what it must contain, an addition hashes its operands in order, so that the
  * root says whether every micro-batch is in it once, in the order of the tree.
@@ -10,6 +10,7 @@
 #define SHARDMESH_TESTS_SIM_H
 
 #include "mesh/mesh.h"
+#include "worker/subtree.h"
 
 #define SIM_OWNERS_MAX 8
 #define SIM_UNITS_MAX 8
@@ -62,10 +63,15 @@ struct plan {
 	uint32_t kills, joins, freezes; /* at most, in the job */
 	uint32_t kill_per_1000;         /* at a moment that is made for it */
 	uint64_t stop_at_ns;            /* Ctrl-C; 0: never */
+	uint32_t per_host;              /* workers of a host, who add their sums; 0: they do not */
+	uint64_t host_wait_ns, add_ns;
+	bool at_sums;               /* who dies does so where sums are between two */
+	uint32_t stranger_per_1000; /* neighbours that never come to share memory */
+	uint32_t partings;          /* connections between neighbours that break */
 };
 /* Command line over seed: 0 is not given. */
 struct plan_options {
-	uint64_t workers, micro, units, owners, steps, held;
+	uint64_t workers, micro, units, owners, steps, held, per_host;
 };
 void plan_make(struct plan *p, uint64_t seed, const struct plan_options *o);
 void plan_print(const struct plan *p);
@@ -124,6 +130,11 @@ enum event_kind {
 	EV_KILL,        /* a: worker */
 	EV_FREEZE,      /* a: worker, c: until */
 	EV_THAW,        /* a: worker */
+	EV_LOOK,        /* a: worker */
+	EV_ADDED,       /* a: worker, b: buffer, c: its add number */
+	EV_MEET,        /* a: worker, b: its neighbour, whose memory is there now */
+	EV_PARTED,      /* a: worker, b: its neighbour, whose connection ended */
+	EV_PART,        /* some neighbours' connection breaks */
 	EV_JOIN,
 	EV_CHAOS, /* the next kill, freeze or join at a random moment */
 	EV_STOP,
@@ -140,9 +151,13 @@ struct event {
 
 enum offer_stage { STAGE_NONE, STAGE_OFFERED, STAGE_GRANTED, STAGE_WITHDRAWN };
 struct buffer {
-	bool busy;
+	bool busy, lost; /* lost: something of it was had back from an owner */
 	uint32_t piece, unanswered;
+	struct tree_node node;
 	uint64_t value;
+	bool adding;
+	uint32_t from, from_buffer; /* worker */
+	uint64_t left, right, add_number;
 	struct {
 		enum offer_stage stage;
 		uint64_t id;
@@ -157,8 +172,15 @@ enum worker_state {
 	WORKER_BLOCKED,  /* needs a buffer */
 	WORKER_DRAINING, /* the span is done but for answers */
 };
+/* A worker of the same host as another one sees it. */
+enum peer_view { PEER_UNKNOWN, PEER_HERE, PEER_GONE };
+struct neighbour {
+	uint32_t index;
+	bool listed, asked;
+	enum peer_view view;
+};
 struct worker {
-	uint32_t index, member;
+	uint32_t index, member, host;
 	bool here, registered, attached_told, in_place, slow, steady;
 	uint64_t frozen_until;
 	uint32_t max_span, attached; /* bit per owner */
@@ -170,6 +192,14 @@ struct worker {
 	uint32_t computing; /* buffer */
 	struct buffer buffer[SIM_BUFFERS];
 	struct link to_coord, from_coord, to_owner[SIM_OWNERS_MAX], from_owner[SIM_OWNERS_MAX], fabric[SIM_OWNERS_MAX];
+
+	struct board *board; /* NULL: it shares nothing */
+	struct boards boards;
+	struct subtree tree;
+	struct neighbour neighbour[BOARD_NEIGHBOURS];
+	uint32_t n_neighbours;
+	bool look_due;
+	uint64_t look_ns;
 };
 
 /* ------------------------------------------------------------------- owners */
@@ -182,7 +212,6 @@ struct taken {
 	struct tree_node node;
 	bool wanted;
 };
-enum peer_view { PEER_UNKNOWN, PEER_HERE, PEER_GONE };
 /* A worker as an owner sees it. */
 struct peer {
 	enum peer_view view;
@@ -249,6 +278,10 @@ struct sim {
 	uint32_t exit_code;
 	char why[512];
 	uint32_t kills, joins, freezes, recalls, starved, spilled, max_in_use;
+
+	/* of hosts; where sums were at a death: the dead one's, and those of neighbours that had to do with it */
+	uint64_t added, alone, torn, given_back, parted_living, undecided;
+	uint64_t died_in[SUBTREE_OVER + 1], bereaved[SUBTREE_OVER + 1];
 };
 
 /* world.c */
@@ -295,10 +328,33 @@ void worker_kill(struct sim *s, uint32_t index);
 void worker_published(struct sim *s);                                      /* some unit has a new version */
 uint64_t worker_read(const struct sim *s, uint32_t index, uint32_t where); /* what lies in a gradient buffer now */
 
+void worker_go_on(struct sim *s, struct worker *w);
+void worker_cancel(struct sim *s, struct worker *w); /* its span is given back; worker_go_on afterwards */
+void worker_offer(struct sim *s, struct worker *w, uint32_t which); /* a gradient buffer, to its owners */
+void worker_free(struct worker *w, uint32_t which);
+
+/* host.c: what workers of one host do for each other; nothing where they share nothing */
+void host_open(struct sim *s, struct worker *w);
+void host_close(struct sim *s, struct worker *w);
+void host_listed(struct sim *s, struct worker *w, uint32_t member);
+void host_epoch(struct sim *s, struct worker *w);
+void host_part(struct sim *s, struct worker *w);
+void host_died(struct sim *s, struct worker *w);
+void host_begin(struct sim *s, struct worker *w);
+void host_final(struct sim *s, struct worker *w, uint32_t which);
+void host_answered(struct sim *s, struct worker *w, uint32_t which);
+void host_stall(struct sim *s, struct worker *w, bool stalled);
+void host_cancel(struct sim *s, struct worker *w);
+bool host_idle(const struct worker *w);
+void host_run(struct sim *s, struct worker *w); /* after each of its events */
+void host_event(struct sim *s, const struct event *e);
+
 /* chaos.c */
 void chaos_begin(struct sim *s);
 void chaos_event(struct sim *s, const struct event *e);
 /* A moment at which losing this worker hurts. */
 void chaos_chance(struct sim *s, uint32_t worker);
+/* A moment at which a sum is between it and another one. */
+void chaos_at_sum(struct sim *s, uint32_t worker);
 
 #endif

@@ -12,7 +12,17 @@
 
 #define BEAT SIM_S
 
-static void go_on(struct sim *s, struct worker *w);
+/* Who comes later comes to any host. */
+static uint32_t host_of(struct sim *s, uint32_t index)
+{
+	const struct plan *p = &s->plan;
+
+	if (!p->per_host)
+		return index / 8;
+	if (index < p->n_workers)
+		return index / p->per_host;
+	return (uint32_t)chance_below(&s->chance, (p->n_workers - 1) / p->per_host + 1);
+}
 
 uint32_t worker_add(struct sim *s, bool steady)
 {
@@ -24,6 +34,7 @@ uint32_t worker_add(struct sim *s, bool steady)
 	w->here = true;
 	w->steady = steady;
 	w->in_place = !chance_of(&s->chance, s->plan.push_per_1000);
+	w->host = host_of(s, index);
 	w->slow = !steady && chance_of(&s->chance, s->plan.slow_per_1000);
 	w->max_span = s->plan.max_span ? s->plan.max_span : spans[chance_below(&s->chance, ARRAY_LEN(spans))];
 	sim_at(s, s->now + (steady ? 0 : chance_below(&s->chance, 20 * SIM_MS)),
@@ -94,21 +105,28 @@ static void make_offer(struct sim *s, struct worker *w, uint32_t which, uint32_t
 				       .offer = b->offer[owner].id,
 				       .unit = piece_unit(&s->plan, b->piece),
 				       .part = piece_part(&s->plan, b->piece),
-				       .first = w->lease.node.first,
-				       .level = w->lease.node.level,
+				       .first = b->node.first,
+				       .level = b->node.level,
 				       .where = which,
 				       .wanted = wanted };
 	to_owner(s, w, owner, m);
 }
 
-static void make_offers(struct sim *s, struct worker *w)
+void worker_offer(struct sim *s, struct worker *w, uint32_t which)
 {
-	uint32_t which = w->computing, other;
-	bool wanted = !free_buffer(w, &other);
+	uint32_t other;
+	bool wanted = w->state == WORKER_DRAINING || !free_buffer(w, &other);
 
 	for (uint32_t o = 0; o < s->plan.n_owners; o++)
 		if (owner_has(s, o, w->buffer[which].piece))
 			make_offer(s, w, which, o, wanted);
+}
+
+/* What still reads it would read this. */
+void worker_free(struct worker *w, uint32_t which)
+{
+	w->buffer[which].busy = false;
+	w->buffer[which].value = SIM_GARBAGE;
 }
 
 static void want_all(struct sim *s, struct worker *w)
@@ -139,6 +157,15 @@ static void withdraw_all(struct sim *s, struct worker *w)
 			m->withdraw.offer = w->buffer[i].offer[o].id;
 			to_owner(s, w, o, m);
 		}
+}
+
+void worker_cancel(struct sim *s, struct worker *w)
+{
+	if (w->recalled)
+		return;
+	w->recalled = true;
+	host_cancel(s, w);
+	withdraw_all(s, w);
 }
 
 /* ---------------------------------------------------------------------- spans */
@@ -190,12 +217,10 @@ static void compute(struct sim *s, struct worker *w)
 /* The next thing of the span, as far as it goes without waiting. */
 static void go_on(struct sim *s, struct worker *w)
 {
-	if (w->recalled)
-		withdraw_all(s, w);
 	if (w->recalled || w->stage == last_stage(s, w)) {
 		want_all(s, w);
 		w->state = WORKER_DRAINING;
-		if (all_answered(w))
+		if (all_answered(w) && host_idle(w))
 			span_done(s, w, w->stage < last_stage(s, w) || w->recalled);
 		return;
 	}
@@ -206,7 +231,9 @@ static void go_on(struct sim *s, struct worker *w)
 			return;
 		}
 		w->buffer[w->computing].busy = true;
+		w->buffer[w->computing].lost = false;
 		w->buffer[w->computing].piece = now_at(s, w);
+		w->buffer[w->computing].node = w->lease.node;
 		w->buffer[w->computing].value = SIM_GARBAGE;
 		memset(w->buffer[w->computing].offer, 0, sizeof(w->buffer[0].offer));
 	} else if (!is_published(s, w->stage, w->step - 1)) {
@@ -216,26 +243,35 @@ static void go_on(struct sim *s, struct worker *w)
 	compute(s, w);
 }
 
+void worker_go_on(struct sim *s, struct worker *w)
+{
+	go_on(s, w);
+	host_stall(s, w, w->state == WORKER_BLOCKED || w->state == WORKER_DRAINING);
+}
+
 static void computed(struct sim *s, struct worker *w)
 {
 	struct buffer *b = &w->buffer[w->computing];
 
 	s->last_progress = s->now;
 	if (w->stage++ < s->plan.n_units) {
-		go_on(s, w);
+		worker_go_on(s, w);
 		return;
 	}
 	if (w->recalled) {
-		b->busy = false;
+		worker_free(w, w->computing);
 	} else {
 		uint32_t unit = piece_unit(&s->plan, b->piece);
 
 		b->value = truth_node(w->step, unit, piece_part(&s->plan, b->piece), w->lease.node, s->plan.n_micro);
 		if (is_overwritten(s, unit, w->step - 1))
 			b->value = SIM_GARBAGE;
-		make_offers(s, w);
+		if (w->board)
+			host_final(s, w, w->computing);
+		else
+			worker_offer(s, w, w->computing);
 	}
-	go_on(s, w);
+	worker_go_on(s, w);
 }
 
 void worker_published(struct sim *s)
@@ -244,7 +280,7 @@ void worker_published(struct sim *s)
 		struct worker *w = &s->worker[i];
 
 		if (w->here && w->state == WORKER_FETCHING && s->now >= w->frozen_until)
-			go_on(s, w);
+			worker_go_on(s, w);
 	}
 }
 
@@ -264,7 +300,8 @@ static void begin(struct sim *s, struct worker *w, uint64_t step, struct lease l
 	w->step = step;
 	w->stage = 0;
 	w->recalled = false;
-	go_on(s, w);
+	host_begin(s, w);
+	worker_go_on(s, w);
 }
 
 /* -------------------------------------------------------------------- answers */
@@ -307,20 +344,21 @@ static void on_answer(struct sim *s, struct worker *w, uint32_t owner, const str
 		push(s, w, owner, a, b->value);
 		return;
 	}
+	b->lost |= a->verdict == OFFER_CLOSED && b->offer[owner].stage == STAGE_WITHDRAWN;
 	b->offer[owner].stage = STAGE_NONE;
 	if (--b->unanswered)
 		return;
-	b->busy = false;
-	/* What still reads it would read this. */
-	b->value = SIM_GARBAGE;
+	host_answered(s, w, which);
+	worker_free(w, which);
 	if (w->state == WORKER_BLOCKED || w->state == WORKER_DRAINING)
-		go_on(s, w);
+		worker_go_on(s, w);
 }
 
 /* --------------------------------------------------------------------- events */
 
 static void on_epoch(struct sim *s, struct worker *w)
 {
+	host_epoch(s, w);
 	if (w->attached_told)
 		return;
 	w->attached_told = true;
@@ -344,9 +382,9 @@ static void on_recall(struct sim *s, struct worker *w, uint64_t lease)
 {
 	if (!w->lease.id || w->lease.id != lease || w->recalled)
 		return;
-	w->recalled = true;
+	worker_cancel(s, w);
 	if (w->state != WORKER_COMPUTING)
-		go_on(s, w);
+		worker_go_on(s, w);
 }
 
 static void from_coordinator(struct sim *s, struct worker *w, const struct mail *m)
@@ -356,6 +394,11 @@ static void from_coordinator(struct sim *s, struct worker *w, const struct mail 
 	switch (m->type) {
 	case WIRE_WELCOME:
 		w->member = m->who.member;
+		host_open(s, w);
+		break;
+	case WIRE_MEMBER:
+		if (m->who.role == ROLE_WORKER)
+			host_listed(s, w, m->who.member);
 		break;
 	case WIRE_EPOCH:
 		on_epoch(s, w);
@@ -393,6 +436,7 @@ void worker_kill(struct sim *s, uint32_t index)
 	sim_trace(s, "worker %u (member %u) dies with lease %" PRIu64 " [%u, level %u]", index, w->member, w->lease.id,
 		  w->lease.node.first, w->lease.node.level);
 	w->here = false;
+	host_died(s, w);
 	if (w->member)
 		sim_send(s, &w->to_coord, (struct event){ .kind = EV_COORD_LOST, .a = w->member });
 }
@@ -444,9 +488,14 @@ void worker_event(struct sim *s, const struct event *e)
 		break;
 	case EV_THAW:
 		if (w->state == WORKER_FETCHING)
-			go_on(s, w);
+			worker_go_on(s, w);
+		break;
+	case EV_BEAT_WORKER:
+		beat(s, w);
 		break;
 	default:
-		beat(s, w);
+		host_event(s, e);
 	}
+	if (w->here)
+		host_run(s, w);
 }
