@@ -32,7 +32,6 @@ const char *__tsan_default_suppressions(void)
 	return "called_from_lib:libfabric.so\nmutex:_dl_call_fini\n";
 }
 
-#define MIB (1u << 20)
 #define USER_A 11u
 #define USER_B 22u
 
@@ -42,8 +41,7 @@ struct ofi_pair {
 	struct fab *f[2]; /* 0 connects, 1 accepts */
 	struct fab_ep *ep[2];
 	bool cut; /* signals get lost */
-	struct fab_region *params, *inbox, *mine;
-	struct fab_remote *params_of_b, *inbox_of_b;
+	struct pair_memory m;
 };
 
 /* One event of side `i` that is no signal. */
@@ -162,49 +160,15 @@ static inline void ofi_pair_close(struct ofi_pair *p)
 
 static inline struct fab_remote *ofi_pass(struct ofi_pair *p, struct fab_region *r, int to)
 {
-	struct fab_remote *remote = NULL;
-	struct fab_blob blob;
-
-	assert_int_equal(p->ops->export_region(p->ep[!to], r, &blob), 0);
-	assert_int_equal(p->ops->import_region(p->ep[to], &blob, &remote), 0);
-	return remote;
+	return region_pass(p->ops, p->ep[!to], r, p->f[to], p->ep[to]);
 }
 
 /* Side 1 has parameters and an inbox, side 0 memory of its own. */
 static inline void ofi_bench_open(struct ofi_pair *p, const char *provider, uint64_t bytes)
 {
 	ofi_pair_open(p, provider);
-	p->params = region_new(p->ops, p->f[1], bytes, FAB_REMOTE_READ);
-	p->inbox = region_new(p->ops, p->f[1], bytes, FAB_REMOTE_WRITE);
-	p->mine = region_new(p->ops, p->f[0], bytes, FAB_LOCAL);
-	p->params_of_b = ofi_pass(p, p->params, 0);
-	p->inbox_of_b = ofi_pass(p, p->inbox, 0);
-}
-
-static inline uint8_t *ofi_at(struct ofi_pair *p, struct fab_region *r)
-{
-	return p->ops->region_addr(r);
-}
-
-static inline struct fab_op ofi_read_op(struct ofi_pair *p, uint64_t offset, uint64_t bytes, uint64_t user)
-{
-	return (struct fab_op){ .remote = p->params_of_b,
-				.remote_offset = offset,
-				.local = p->mine,
-				.local_offset = offset,
-				.bytes = bytes,
-				.user = user };
-}
-
-static inline struct fab_op ofi_write_op(struct ofi_pair *p, uint64_t offset, uint64_t bytes, uint32_t imm)
-{
-	return (struct fab_op){ .remote = p->inbox_of_b,
-				.remote_offset = offset,
-				.local = p->mine,
-				.local_offset = offset,
-				.bytes = bytes,
-				.user = 1000u + imm,
-				.imm = imm };
+	memory_open(&p->m, &(struct pair){ .ops = p->ops, .a = p->f[0], .b = p->f[1], .ab = p->ep[0], .ba = p->ep[1] },
+		    bytes);
 }
 
 static inline uint32_t ofi_threads(void)

@@ -21,6 +21,7 @@
 
 #define WAIT_NS 20000000000ull
 #define PAGE 4096u
+#define MIB (1u << 20)
 
 struct pair {
 	const struct fab_ops *ops;
@@ -179,6 +180,47 @@ static inline struct fab_remote *region_pass(const struct fab_ops *ops, struct f
 	assert_int_equal(ops->import_region(to, &blob, &remote), 0);
 	assert_non_null(remote);
 	return remote;
+}
+
+static inline uint8_t *region_at(const struct fab_ops *ops, struct fab_region *r)
+{
+	return ops->region_addr(r);
+}
+
+/* Memory for a's operations: parameters and an inbox of b, and some of its own. */
+struct pair_memory {
+	struct fab_region *params, *inbox, *mine;
+	struct fab_remote *params_of_b, *inbox_of_b;
+};
+
+static inline void memory_open(struct pair_memory *m, const struct pair *p, uint64_t bytes)
+{
+	m->params = region_new(p->ops, p->b, bytes, FAB_REMOTE_READ);
+	m->inbox = region_new(p->ops, p->b, bytes, FAB_REMOTE_WRITE);
+	m->mine = region_new(p->ops, p->a, bytes, FAB_LOCAL);
+	m->params_of_b = region_pass(p->ops, p->ba, m->params, p->a, p->ab);
+	m->inbox_of_b = region_pass(p->ops, p->ba, m->inbox, p->a, p->ab);
+}
+
+static inline struct fab_op read_op(const struct pair_memory *m, uint64_t offset, uint64_t bytes, uint64_t user)
+{
+	return (struct fab_op){ .remote = m->params_of_b,
+				.remote_offset = offset,
+				.local = m->mine,
+				.local_offset = offset,
+				.bytes = bytes,
+				.user = user };
+}
+
+static inline struct fab_op write_op(const struct pair_memory *m, uint64_t offset, uint64_t bytes, uint32_t imm)
+{
+	return (struct fab_op){ .remote = m->inbox_of_b,
+				.remote_offset = offset,
+				.local = m->mine,
+				.local_offset = offset,
+				.bytes = bytes,
+				.user = 1000u + imm,
+				.imm = imm };
 }
 
 /* Every byte depends on its place and on seed. */

@@ -272,16 +272,16 @@ static void connections_leave_nothing(void **state)
 	ofi_bench_open(&p, NULL, PAGE);
 	up = open_fds();
 	for (i = 0; i < 40; i++) {
-		struct fab_op op = ofi_read_op(&p, 0, PAGE, i);
+		struct fab_op op = read_op(&p.m, 0, PAGE, i);
 
 		assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 		p.ops->disconnect(p.ep[i % 2]);
 		while (ofi_next(&p, !(i % 2)).type != FAB_EV_DOWN)
 			;
 		p.ops->disconnect(p.ep[!(i % 2)]);
-		p.ops->remote_close(p.params_of_b);
+		p.ops->remote_close(p.m.params_of_b);
 		ofi_join(&p);
-		p.params_of_b = ofi_pass(&p, p.params, 0);
+		p.m.params_of_b = ofi_pass(&p, p.m.params, 0);
 	}
 	assert_int_equal(open_fds(), up);
 	assert_int_equal(ofi_threads(), threads + 2);
@@ -352,8 +352,8 @@ static void take_traffic(struct traffic *t)
 static void post_traffic(struct traffic *t, uint32_t rounds)
 {
 	for (uint32_t i = 0; i < rounds; i++) {
-		struct fab_op r = ofi_read_op(&t->p, 0, 2 * MIB, i);
-		struct fab_op w = ofi_write_op(&t->p, (uint64_t)i * PAGE, PAGE, i);
+		struct fab_op r = read_op(&t->p.m, 0, 2 * MIB, i);
+		struct fab_op w = write_op(&t->p.m, (uint64_t)i * PAGE, PAGE, i);
 
 		assert_int_equal(t->p.ops->read(t->p.ep[0], &r, 1), 0);
 		assert_int_equal(t->p.ops->write_notify(t->p.ep[0], &w, 1), 0);
@@ -373,11 +373,11 @@ static void what_breaks_is_built_again(void **state)
 	(void)state;
 	ofi_bench_open(&t.p, NULL, 2 * MIB);
 	c = t.p.ops->counters(t.p.f[0]);
-	fill(ofi_at(&t.p, t.p.params), 2 * MIB, 1);
+	fill(region_at(t.p.ops, t.p.m.params), 2 * MIB, 1);
 	for (uint32_t k = 0; k < BREAKS; k++) {
-		memset(ofi_at(&t.p, t.p.mine), 0, 2 * MIB);
+		memset(region_at(t.p.ops, t.p.m.mine), 0, 2 * MIB);
 		memset(t.noticed, 0, sizeof(t.noticed));
-		memset(ofi_at(&t.p, t.p.inbox), 0xee, 2 * MIB);
+		memset(region_at(t.p.ops, t.p.m.inbox), 0xee, 2 * MIB);
 		post_traffic(&t, ROUNDS);
 		while (t.reads + t.writes < t.posted) {
 			take_traffic(&t);
@@ -385,7 +385,7 @@ static void what_breaks_is_built_again(void **state)
 				broken += break_sockets() > 0;
 			assert_true(clock_now_ns() < end);
 		}
-		assert_true(filled(ofi_at(&t.p, t.p.mine), 2 * MIB, 1));
+		assert_true(filled(region_at(t.p.ops, t.p.m.mine), 2 * MIB, 1));
 		/* What is written is noticed, though maybe a moment later. */
 		for (uint32_t i = 0; i < ROUNDS;) {
 			take_traffic(&t);
@@ -419,7 +419,7 @@ static void two_that_notice_meet_again(void **state)
 		bool broken = false;
 
 		for (uint32_t i = 0; i < 32; i++) {
-			op = ofi_read_op(&p, 0, 2 * MIB, i);
+			op = read_op(&p.m, 0, 2 * MIB, i);
 			back = (struct fab_op){ .remote = remote, .local = own, .bytes = 2 * MIB };
 			assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 			assert_int_equal(p.ops->read(p.ep[1], &back, 1), 0);
@@ -464,7 +464,7 @@ static void what_stays_broken_is_down(void **state)
 		assert_true(clock_now_ns() < end);
 	}
 	assert_true(t.failed > 0);
-	op = ofi_read_op(&t.p, 0, PAGE, 0);
+	op = read_op(&t.p.m, 0, PAGE, 0);
 	assert_int_equal(t.p.ops->read(t.p.ep[0], &op, 1), -ENOTCONN);
 	assert_true(t.p.ops->counters(t.p.f[0])->errors >= t.failed);
 	ofi_pair_close(&t.p);
@@ -490,8 +490,8 @@ static void only_keys_that_were_given_open(void **state)
 		struct fab_event ev;
 		struct fab_op op;
 
-		fill(ofi_at(&p, secret), PAGE, 99);
-		memset(ofi_at(&p, p.mine), 0, PAGE);
+		fill(region_at(p.ops, secret), PAGE, 99);
+		memset(region_at(p.ops, p.m.mine), 0, PAGE);
 		/* A connection of its own for each attempt, beside the good one. */
 		p.ep[0] = p.ep[1] = NULL;
 		ofi_join(&p);
@@ -501,7 +501,7 @@ static void only_keys_that_were_given_open(void **state)
 		assert_int_equal(p.ops->import_region(p.ep[0], &blob, &remote), 0);
 		if (stale)
 			p.ops->region_close(secret);
-		op = (struct fab_op){ .remote = remote, .local = p.mine, .bytes = PAGE };
+		op = (struct fab_op){ .remote = remote, .local = p.m.mine, .bytes = PAGE };
 		assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 		while (down <= (uint32_t)stale) {
 			if (ofi_take(&p, 0, &ev)) {
@@ -513,19 +513,20 @@ static void only_keys_that_were_given_open(void **state)
 			nap();
 		}
 		for (uint32_t i = 0; i < PAGE; i++)
-			assert_int_equal(ofi_at(&p, p.mine)[i], 0);
+			assert_int_equal(region_at(p.ops, p.m.mine)[i], 0);
 		assert_true(p.ops->counters(p.f[1])->refused > 0);
 		p.ops->disconnect(p.ep[0]);
 		p.ops->remote_close(remote);
 	}
 	/* The other connection never noticed. */
-	fill(ofi_at(&good, good.params), PAGE, 5);
+	fill(region_at(good.ops, good.m.params), PAGE, 5);
 	assert_int_equal(
 		good.ops->read(good.ep[0],
-			       &(struct fab_op){ .remote = good.params_of_b, .local = good.mine, .bytes = PAGE }, 1),
+			       &(struct fab_op){ .remote = good.m.params_of_b, .local = good.m.mine, .bytes = PAGE },
+			       1),
 		0);
 	assert_int_equal(ofi_expect(&good, 0, FAB_EV_READ).status, 0);
-	assert_true(filled(ofi_at(&good, good.mine), PAGE, 5));
+	assert_true(filled(region_at(good.ops, good.m.mine), PAGE, 5));
 	ofi_pair_close(&good);
 }
 

@@ -182,17 +182,17 @@ static void move_bytes(struct scene *s)
 	struct ofi_pair *p = &s->p;
 	struct fab_op op;
 
-	p->params = try_region(p, 1, FAB_REMOTE_READ);
-	p->inbox = try_region(p, 1, FAB_REMOTE_WRITE);
-	p->mine = try_region(p, 0, FAB_LOCAL);
-	p->params_of_b = try_pass(p, p->params);
-	p->inbox_of_b = try_pass(p, p->inbox);
-	for (uint32_t i = 0; i < 4 && p->mine; i++) {
-		op = ofi_read_op(p, 0, MIB, i);
-		if (p->params_of_b)
+	p->m.params = try_region(p, 1, FAB_REMOTE_READ);
+	p->m.inbox = try_region(p, 1, FAB_REMOTE_WRITE);
+	p->m.mine = try_region(p, 0, FAB_LOCAL);
+	p->m.params_of_b = try_pass(p, p->m.params);
+	p->m.inbox_of_b = try_pass(p, p->m.inbox);
+	for (uint32_t i = 0; i < 4 && p->m.mine; i++) {
+		op = read_op(&p->m, 0, MIB, i);
+		if (p->m.params_of_b)
 			s->posted += p->ops->read(p->ep[0], &op, 1) == 0;
-		op = ofi_write_op(p, 0, MIB, i);
-		if (p->inbox_of_b)
+		op = write_op(&p->m, 0, MIB, i);
+		if (p->m.inbox_of_b)
 			s->posted += p->ops->write_notify(p->ep[0], &op, 1) == 0;
 	}
 }
@@ -287,11 +287,11 @@ static void local_memory_is_registered_where_wanted(void **state)
 	ofi_bench_open(&p, NULL, MIB);
 	/* Each region, two mailboxes, two exports. */
 	assert_int_equal(atomic_load(&calls[REGISTER]), 3 + 2 + 2);
-	fill(ofi_at(&p, p.params), MIB, 4);
-	op = ofi_read_op(&p, PAGE, MIB - PAGE, 1);
+	fill(region_at(p.ops, p.m.params), MIB, 4);
+	op = read_op(&p.m, PAGE, MIB - PAGE, 1);
 	assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 	assert_int_equal(ofi_expect(&p, 0, FAB_EV_READ).status, 0);
-	assert_memory_equal(ofi_at(&p, p.mine) + PAGE, ofi_at(&p, p.params) + PAGE, MIB - PAGE);
+	assert_memory_equal(region_at(p.ops, p.m.mine) + PAGE, region_at(p.ops, p.m.params) + PAGE, MIB - PAGE);
 	ofi_pair_close(&p);
 	atomic_store(&modes, 0);
 	assert_int_equal(atomic_load(&open_now), 0);
@@ -305,7 +305,7 @@ static void a_strangers_notice_is_refused(void **state)
 	(void)state;
 	ofi_bench_open(&p, NULL, PAGE);
 	atomic_store(&forge, true);
-	op = ofi_write_op(&p, 0, PAGE, 7);
+	op = write_op(&p.m, 0, PAGE, 7);
 	assert_int_equal(p.ops->write_notify(p.ep[0], &op, 1), 0);
 	ofi_expect(&p, 0, FAB_EV_WRITE);
 	ofi_silence(&p);

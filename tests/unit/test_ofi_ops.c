@@ -12,16 +12,16 @@ static void reads_bring_the_bytes(void **state)
 	struct fab_op op[2];
 
 	ofi_bench_open(&p, *state, MIB);
-	fill(ofi_at(&p, p.params), MIB, 3);
-	op[0] = ofi_read_op(&p, 0, MIB / 2, 7);
-	op[1] = ofi_read_op(&p, MIB / 2, MIB / 2, 8);
+	fill(region_at(p.ops, p.m.params), MIB, 3);
+	op[0] = read_op(&p.m, 0, MIB / 2, 7);
+	op[1] = read_op(&p.m, MIB / 2, MIB / 2, 8);
 	assert_int_equal(p.ops->read(p.ep[0], op, 2), 0);
 	memset(op, 0xff, sizeof(op));
 	ev = ofi_expect(&p, 0, FAB_EV_READ);
 	assert_int_equal(ev.status, 0);
 	assert_ptr_equal(ev.ep, p.ep[0]);
 	assert_int_equal(ev.user + ofi_expect(&p, 0, FAB_EV_READ).user, 15);
-	assert_true(filled(ofi_at(&p, p.mine), MIB, 3));
+	assert_true(filled(region_at(p.ops, p.m.mine), MIB, 3));
 	ofi_silence(&p);
 	assert_int_equal(p.ops->counters(p.f[0])->reads, 2);
 	assert_int_equal(p.ops->counters(p.f[0])->read_bytes, MIB);
@@ -36,9 +36,9 @@ static void writes_bring_bytes_and_notice(void **state)
 	struct fab_op op[2];
 
 	ofi_bench_open(&p, *state, MIB);
-	fill(ofi_at(&p, p.mine), MIB, 5);
-	op[0] = ofi_write_op(&p, 0, 4096, 40);
-	op[1] = ofi_write_op(&p, 4096, MIB - 4096, UINT32_MAX);
+	fill(region_at(p.ops, p.m.mine), MIB, 5);
+	op[0] = write_op(&p.m, 0, 4096, 40);
+	op[1] = write_op(&p.m, 4096, MIB - 4096, UINT32_MAX);
 	assert_int_equal(p.ops->write_notify(p.ep[0], op, 2), 0);
 	while (written < 2 || noticed < 2) {
 		if (ofi_take(&p, 0, &ev)) {
@@ -54,9 +54,10 @@ static void writes_bring_bytes_and_notice(void **state)
 		assert_int_equal(ev.user, USER_B);
 		assert_true(ev.imm == 40 || ev.imm == UINT32_MAX);
 		if (ev.imm == 40)
-			assert_true(filled(ofi_at(&p, p.inbox), 4096, 5));
+			assert_true(filled(region_at(p.ops, p.m.inbox), 4096, 5));
 		else
-			assert_memory_equal(ofi_at(&p, p.inbox) + 4096, ofi_at(&p, p.mine) + 4096, MIB - 4096);
+			assert_memory_equal(region_at(p.ops, p.m.inbox) + 4096, region_at(p.ops, p.m.mine) + 4096,
+					    MIB - 4096);
 		noticed++;
 	}
 	assert_int_equal(p.ops->counters(p.f[0])->writes, 2);
@@ -75,13 +76,13 @@ static void long_operations_arrive_whole(void **state)
 
 	p.options.inflight_bytes = 3 * MIB + 5;
 	ofi_bench_open(&p, *state, 22 * MIB);
-	fill(ofi_at(&p, p.params), bytes, 9);
-	op = ofi_read_op(&p, 0, bytes, 1);
+	fill(region_at(p.ops, p.m.params), bytes, 9);
+	op = read_op(&p.m, 0, bytes, 1);
 	assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 	assert_int_equal(ofi_expect(&p, 0, FAB_EV_READ).status, 0);
-	assert_true(filled(ofi_at(&p, p.mine), bytes, 9));
-	assert_int_equal(ofi_at(&p, p.mine)[bytes], 0);
-	op = ofi_write_op(&p, 0, bytes, 6);
+	assert_true(filled(region_at(p.ops, p.m.mine), bytes, 9));
+	assert_int_equal(region_at(p.ops, p.m.mine)[bytes], 0);
+	op = write_op(&p.m, 0, bytes, 6);
 	assert_int_equal(p.ops->write_notify(p.ep[0], &op, 1), 0);
 	for (int i = 0; i < 2; i++) {
 		struct fab_event ev;
@@ -91,7 +92,7 @@ static void long_operations_arrive_whole(void **state)
 			assert_true(clock_now_ns() < end);
 		assert_int_equal(ev.type, i ? FAB_EV_NOTICE : FAB_EV_WRITE);
 	}
-	assert_true(filled(ofi_at(&p, p.inbox), bytes, 9));
+	assert_true(filled(region_at(p.ops, p.m.inbox), bytes, 9));
 	ofi_silence(&p);
 	ofi_pair_close(&p);
 }
@@ -114,7 +115,7 @@ static void events_wake_a_sleeper(void **state)
 		assert_true(p.ops->arm(p.f[i]));
 	}
 	assert_int_equal(poll(pfd, 2, 0), 0);
-	op = ofi_write_op(&p, 0, PAGE, 1);
+	op = write_op(&p.m, 0, PAGE, 1);
 	assert_int_equal(p.ops->write_notify(p.ep[0], &op, 1), 0);
 	for (int i = 0; i < 2; i++) {
 		wait_readable(pfd[i].fd);
@@ -135,14 +136,14 @@ static void a_passive_side_serves_without_polling(void **state)
 	uint64_t worst = 0;
 
 	ofi_bench_open(&p, *state, MIB);
-	fill(ofi_at(&p, p.params), MIB, 1);
+	fill(region_at(p.ops, p.m.params), MIB, 1);
 	for (int i = 0; i < 5; i++) {
-		struct fab_op op = ofi_read_op(&p, 0, MIB, 1);
+		struct fab_op op = read_op(&p.m, 0, MIB, 1);
 		uint64_t start;
 		struct fab_event ev;
 
 		nanosleep(&pause, NULL);
-		memset(ofi_at(&p, p.mine), 0, MIB);
+		memset(region_at(p.ops, p.m.mine), 0, MIB);
 		start = clock_now_ns();
 		assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 		while (!ofi_take(&p, 0, &ev)) {
@@ -150,7 +151,7 @@ static void a_passive_side_serves_without_polling(void **state)
 				wait_readable(p.ops->fd(p.f[0]));
 		}
 		assert_int_equal(ev.status, 0);
-		assert_true(filled(ofi_at(&p, p.mine), MIB, 1));
+		assert_true(filled(region_at(p.ops, p.m.mine), MIB, 1));
 		worst = clock_now_ns() - start > worst ? clock_now_ns() - start : worst;
 	}
 	assert_true(worst < 2000000000ull);
@@ -178,7 +179,7 @@ static void take_both(struct stream *t)
 		assert_int_equal(ev.type, FAB_EV_NOTICE);
 		assert_int_equal(t->seen[ev.imm], 0);
 		t->seen[ev.imm] = 1;
-		memcpy(&word, ofi_at(&t->p, t->p.inbox) + 8 * (uint64_t)ev.imm, sizeof(word));
+		memcpy(&word, region_at(t->p.ops, t->p.m.inbox) + 8 * (uint64_t)ev.imm, sizeof(word));
 		assert_int_equal(word, ev.imm * 0x9e3779b97f4a7c15ull + 1);
 		t->noticed++;
 	}
@@ -195,7 +196,7 @@ static void many_small_writes(void **state)
 	t.seen = calloc(WRITES, 1);
 	ofi_bench_open(&t.p, *state, 8 * WRITES);
 	for (uint64_t i = 0; i < WRITES; i++)
-		((uint64_t *)ofi_at(&t.p, t.p.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
+		((uint64_t *)region_at(t.p.ops, t.p.m.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
 	while (t.noticed < WRITES || t.completed < WRITES) {
 		uint32_t n = posted % 251 + 1;
 		struct fab_op op[251];
@@ -203,7 +204,7 @@ static void many_small_writes(void **state)
 
 		n = n < WRITES - posted ? n : WRITES - posted;
 		for (uint32_t i = 0; i < n; i++)
-			op[i] = ofi_write_op(&t.p, 8 * (uint64_t)(posted + i), 8, posted + i);
+			op[i] = write_op(&t.p.m, 8 * (uint64_t)(posted + i), 8, posted + i);
 		ret = t.p.ops->write_notify(t.p.ep[0], op, n);
 		assert_true(ret == 0 || ret == -EAGAIN);
 		posted += ret ? 0 : n;
@@ -223,7 +224,7 @@ static void refused(struct ofi_pair *p, struct fab_op op, bool write, int expect
 	int ret;
 
 	/* A good one before it: nothing of the batch may be posted. */
-	batch[0] = write ? ofi_write_op(p, 0, 8, 0) : ofi_read_op(p, 0, 8, 0);
+	batch[0] = write ? write_op(&p->m, 0, 8, 0) : read_op(&p->m, 0, 8, 0);
 	batch[1] = op;
 	ret = write ? p->ops->write_notify(p->ep[0], batch, 2) : p->ops->read(p->ep[0], batch, 2);
 	assert_int_equal(ret, expected);
@@ -238,8 +239,8 @@ static void wrong_operations_are_refused(void **state)
 
 	ofi_bench_open(&p, *state, PAGE);
 	ofi_bench_open(&other, *state, PAGE);
-	good_read = ofi_read_op(&p, 0, PAGE, 0);
-	good_write = ofi_write_op(&p, 0, PAGE, 0);
+	good_read = read_op(&p.m, 0, PAGE, 0);
+	good_write = write_op(&p.m, 0, PAGE, 0);
 #define REFUSED(from, write, expected, ...)       \
 	do {                                      \
 		op = from;                        \
@@ -253,24 +254,24 @@ static void wrong_operations_are_refused(void **state)
 	REFUSED(good_read, false, -EINVAL, op.bytes = 0);
 	REFUSED(good_read, false, -EINVAL, op.remote = NULL);
 	REFUSED(good_read, false, -EINVAL, op.local = NULL);
-	REFUSED(good_read, false, -EINVAL, op.remote = other.params_of_b);
-	REFUSED(good_read, false, -EINVAL, op.local = other.mine);
-	REFUSED(good_read, false, -EPERM, op.remote = p.inbox_of_b);
-	REFUSED(good_write, true, -EPERM, op.remote = p.params_of_b);
+	REFUSED(good_read, false, -EINVAL, op.remote = other.m.params_of_b);
+	REFUSED(good_read, false, -EINVAL, op.local = other.m.mine);
+	REFUSED(good_read, false, -EPERM, op.remote = p.m.inbox_of_b);
+	REFUSED(good_write, true, -EPERM, op.remote = p.m.params_of_b);
 #undef REFUSED
 	for (uint32_t i = 0; i < ARRAY_LEN(many); i++)
-		many[i] = ofi_read_op(&p, 0, 8, i);
+		many[i] = read_op(&p.m, 0, 8, i);
 	assert_int_equal(p.ops->read(p.ep[0], many, ARRAY_LEN(many)), -EINVAL);
 	assert_int_equal(p.ops->read(p.ep[0], many, 0), 0);
-	assert_int_equal(p.ops->export_region(p.ep[1], p.inbox, &blob), -EPERM);
-	assert_int_equal(p.ops->export_region(p.ep[0], p.mine, &blob), -EPERM);
-	assert_int_equal(p.ops->export_region(p.ep[1], p.params, &blob), 0);
+	assert_int_equal(p.ops->export_region(p.ep[1], p.m.inbox, &blob), -EPERM);
+	assert_int_equal(p.ops->export_region(p.ep[0], p.m.mine, &blob), -EPERM);
+	assert_int_equal(p.ops->export_region(p.ep[1], p.m.params, &blob), 0);
 	blob.data[0] ^= 1;
 	assert_int_equal(p.ops->import_region(p.ep[0], &blob, &remote), -EINVAL);
 	blob.bytes--;
 	assert_int_equal(p.ops->import_region(p.ep[0], &blob, &remote), -EINVAL);
-	assert_int_equal(p.ops->map(p.params_of_b, 0, PAGE, NULL, (void **)&remote), -ENOTSUP);
-	assert_int_equal(p.ops->remote_bytes(p.params_of_b), PAGE);
+	assert_int_equal(p.ops->map(p.m.params_of_b, 0, PAGE, NULL, (void **)&remote), -ENOTSUP);
+	assert_int_equal(p.ops->remote_bytes(p.m.params_of_b), PAGE);
 	ofi_silence(&p);
 	assert_int_equal(p.ops->counters(p.f[0])->reads, 0);
 	ofi_pair_close(&other);
@@ -336,19 +337,19 @@ static void a_word_is_read_before_its_page(void **state)
 	struct fab_op op;
 
 	ofi_bench_open(&p, *state, 2 * PAGE);
-	word = (struct fab_progress *)ofi_at(&p, p.params);
-	got = (const struct fab_progress *)ofi_at(&p, p.mine);
+	word = (struct fab_progress *)region_at(p.ops, p.m.params);
+	got = (const struct fab_progress *)region_at(p.ops, p.m.mine);
 	for (uint16_t v = 1; v < 200; v++) {
-		fill(ofi_at(&p, p.params) + PAGE, PAGE, (uint8_t)v);
+		fill(region_at(p.ops, p.m.params) + PAGE, PAGE, (uint8_t)v);
 		fab_progress_publish(word, fab_progress_word(3, v, 4));
-		op = ofi_read_op(&p, 0, sizeof(*word), v);
+		op = read_op(&p.m, 0, sizeof(*word), v);
 		assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 		assert_int_equal(ofi_expect(&p, 0, FAB_EV_READ).status, 0);
 		assert_int_equal(fab_progress_check(got->word, 3, v, 0), FAB_READY);
-		op = ofi_read_op(&p, PAGE, PAGE, v);
+		op = read_op(&p.m, PAGE, PAGE, v);
 		assert_int_equal(p.ops->read(p.ep[0], &op, 1), 0);
 		assert_int_equal(ofi_expect(&p, 0, FAB_EV_READ).status, 0);
-		assert_true(filled(ofi_at(&p, p.mine) + PAGE, PAGE, (uint8_t)v));
+		assert_true(filled(region_at(p.ops, p.m.mine) + PAGE, PAGE, (uint8_t)v));
 	}
 	ofi_pair_close(&p);
 }
@@ -365,7 +366,7 @@ static void both_sides_may_post(void **state)
 	theirs = region_new(p.ops, p.f[0], PAGE, FAB_REMOTE_READ);
 	box = region_new(p.ops, p.f[0], PAGE, FAB_REMOTE_WRITE);
 	own = region_new(p.ops, p.f[1], PAGE, FAB_LOCAL);
-	fill(ofi_at(&p, theirs), PAGE, 8);
+	fill(region_at(p.ops, theirs), PAGE, 8);
 	op = (struct fab_op){ .remote = ofi_pass(&p, theirs, 1), .local = own, .bytes = PAGE };
 	assert_int_equal(p.ops->read(p.ep[1], &op, 1), 0);
 	assert_int_equal(ofi_expect(&p, 1, FAB_EV_READ).status, 0);
@@ -377,7 +378,7 @@ static void both_sides_may_post(void **state)
 	assert_int_equal(ev.type, FAB_EV_NOTICE);
 	assert_int_equal(ev.imm, 5);
 	assert_int_equal(ev.user, USER_A);
-	assert_true(filled(ofi_at(&p, box), PAGE, 8));
+	assert_true(filled(region_at(p.ops, box), PAGE, 8));
 	ofi_pair_close(&p);
 }
 
@@ -389,11 +390,11 @@ static void disconnect_drops_what_is_in_flight(void **state)
 
 	ofi_bench_open(&p, *state, 64 * MIB);
 	for (uint32_t i = 0; i < ARRAY_LEN(op); i++)
-		op[i] = ofi_read_op(&p, i * (uint64_t)MIB, MIB, i);
+		op[i] = read_op(&p.m, i * (uint64_t)MIB, MIB, i);
 	assert_int_equal(p.ops->read(p.ep[0], op, ARRAY_LEN(op)), 0);
 	p.ops->disconnect(p.ep[0]);
-	p.ops->region_close(p.mine);
-	p.ops->remote_close(p.params_of_b);
+	p.ops->region_close(p.m.mine);
+	p.ops->remote_close(p.m.params_of_b);
 	ofi_expect(&p, 1, FAB_EV_DOWN);
 	ofi_silence(&p);
 	ofi_pair_close(&p);
@@ -408,7 +409,7 @@ static void notices_come_before_the_end(void **state)
 
 	ofi_bench_open(&p, *state, PAGE);
 	for (uint32_t i = 0; i < 3; i++)
-		op[i] = ofi_write_op(&p, 8 * (uint64_t)i, 8, i);
+		op[i] = write_op(&p.m, 8 * (uint64_t)i, 8, i);
 	assert_int_equal(p.ops->write_notify(p.ep[0], op, 3), 0);
 	for (uint32_t i = 0; i < 3;)
 		i += ofi_take(&p, 0, &ev);

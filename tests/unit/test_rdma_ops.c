@@ -4,50 +4,17 @@
 
 #include <poll.h>
 
-#define MIB (1u << 20)
-
 struct bench {
 	struct pair p;
 	const struct fab_ops *ops;
-	struct fab_region *params, *inbox, *mine; /* params and inbox are b's, mine is a's */
-	struct fab_remote *params_of_b, *inbox_of_b;
+	struct pair_memory m;
 };
 
 static void bench_open(struct bench *t, void **state, uint64_t bytes)
 {
 	pair_open(&t->p, *state);
 	t->ops = t->p.ops;
-	t->params = region_new(t->ops, t->p.b, bytes, FAB_REMOTE_READ);
-	t->inbox = region_new(t->ops, t->p.b, bytes, FAB_REMOTE_WRITE);
-	t->mine = region_new(t->ops, t->p.a, bytes, FAB_LOCAL);
-	t->params_of_b = region_pass(t->ops, t->p.ba, t->params, t->p.a, t->p.ab);
-	t->inbox_of_b = region_pass(t->ops, t->p.ba, t->inbox, t->p.a, t->p.ab);
-}
-
-static uint8_t *at(struct bench *t, struct fab_region *r)
-{
-	return t->ops->region_addr(r);
-}
-
-static struct fab_op read_op(struct bench *t, uint64_t offset, uint64_t bytes, uint64_t user)
-{
-	return (struct fab_op){ .remote = t->params_of_b,
-				.remote_offset = offset,
-				.local = t->mine,
-				.local_offset = offset,
-				.bytes = bytes,
-				.user = user };
-}
-
-static struct fab_op write_op(struct bench *t, uint64_t offset, uint64_t bytes, uint32_t imm)
-{
-	return (struct fab_op){ .remote = t->inbox_of_b,
-				.remote_offset = offset,
-				.local = t->mine,
-				.local_offset = offset,
-				.bytes = bytes,
-				.user = 1000u + imm,
-				.imm = imm };
+	memory_open(&t->m, &t->p, bytes);
 }
 
 static void reads_bring_the_bytes(void **state)
@@ -57,9 +24,9 @@ static void reads_bring_the_bytes(void **state)
 	struct bench t;
 
 	bench_open(&t, state, MIB);
-	fill(at(&t, t.params), MIB, 3);
-	op[0] = read_op(&t, 0, MIB / 2, 7);
-	op[1] = read_op(&t, MIB / 2, MIB / 2, 8);
+	fill(region_at(t.ops, t.m.params), MIB, 3);
+	op[0] = read_op(&t.m, 0, MIB / 2, 7);
+	op[1] = read_op(&t.m, MIB / 2, MIB / 2, 8);
 	assert_int_equal(t.ops->read(t.p.ab, op, 2), 0);
 	memset(op, 0xff, sizeof(op));
 	ev = next_event(t.ops, t.p.a);
@@ -67,7 +34,7 @@ static void reads_bring_the_bytes(void **state)
 	assert_int_equal(ev.status, 0);
 	assert_ptr_equal(ev.ep, t.p.ab);
 	assert_int_equal(ev.user + next_event(t.ops, t.p.a).user, 15);
-	assert_true(filled(at(&t, t.mine), MIB, 3));
+	assert_true(filled(region_at(t.ops, t.m.mine), MIB, 3));
 	no_event(t.ops, t.p.a);
 	no_event(t.ops, t.p.b);
 	assert_int_equal(t.ops->counters(t.p.a)->reads, 2);
@@ -82,13 +49,13 @@ static void nothing_moves_before_poll(void **state)
 	struct bench t;
 
 	bench_open(&t, state, PAGE);
-	fill(at(&t, t.params), PAGE, 9);
-	op = read_op(&t, 0, PAGE, 1);
+	fill(region_at(t.ops, t.m.params), PAGE, 9);
+	op = read_op(&t.m, 0, PAGE, 1);
 	assert_int_equal(t.ops->read(t.p.ab, &op, 1), 0);
-	assert_int_equal(at(&t, t.mine)[0], 0);
+	assert_int_equal(region_at(t.ops, t.m.mine)[0], 0);
 	assert_false(t.ops->arm(t.p.a));
 	assert_int_equal(next_event(t.ops, t.p.a).type, FAB_EV_READ);
-	assert_true(filled(at(&t, t.mine), PAGE, 9));
+	assert_true(filled(region_at(t.ops, t.m.mine), PAGE, 9));
 	assert_true(t.ops->arm(t.p.a));
 	pair_close(&t.p);
 }
@@ -100,9 +67,9 @@ static void writes_bring_bytes_and_notice(void **state)
 	struct bench t;
 
 	bench_open(&t, state, MIB);
-	fill(at(&t, t.mine), MIB, 5);
-	op[0] = write_op(&t, 0, 4096, 40);
-	op[1] = write_op(&t, 4096, MIB - 4096, 41);
+	fill(region_at(t.ops, t.m.mine), MIB, 5);
+	op[0] = write_op(&t.m, 0, 4096, 40);
+	op[1] = write_op(&t.m, 4096, MIB - 4096, 41);
 	assert_int_equal(t.ops->write_notify(t.p.ab, op, 2), 0);
 	for (uint32_t i = 0; i < 2; i++) {
 		ev = next_event(t.ops, t.p.a);
@@ -117,7 +84,7 @@ static void writes_bring_bytes_and_notice(void **state)
 		assert_ptr_equal(ev.ep, t.p.ba);
 		assert_int_equal(ev.user, 22);
 	}
-	assert_true(filled(at(&t, t.inbox), MIB, 5));
+	assert_true(filled(region_at(t.ops, t.m.inbox), MIB, 5));
 	assert_int_equal(t.ops->counters(t.p.a)->write_bytes, MIB);
 	assert_int_equal(t.ops->counters(t.p.b)->notices, 2);
 	pair_close(&t.p);
@@ -134,7 +101,7 @@ static void events_wake_a_sleeper(void **state)
 	no_event(t.ops, t.p.b);
 	assert_true(t.ops->arm(t.p.b));
 	assert_int_equal(poll(&pfd, 1, 0), 0);
-	op = write_op(&t, 0, PAGE, 1);
+	op = write_op(&t.m, 0, PAGE, 1);
 	assert_int_equal(t.ops->write_notify(t.p.ab, &op, 1), 0);
 	assert_int_equal(next_event(t.ops, t.p.a).type, FAB_EV_WRITE);
 	assert_int_equal(poll(&pfd, 1, 1000), 1);
@@ -152,7 +119,7 @@ static void notices_of_one_message_come_one_by_one(void **state)
 
 	bench_open(&t, state, PAGE);
 	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
-		op[i] = write_op(&t, 8 * (uint64_t)i, 8, i);
+		op[i] = write_op(&t.m, 8 * (uint64_t)i, 8, i);
 	assert_int_equal(t.ops->write_notify(t.p.ab, op, FAB_BATCH_MAX), 0);
 	assert_int_equal(t.ops->poll(t.p.a, ev, FAB_BATCH_MAX + 1), FAB_BATCH_MAX);
 	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++) {
@@ -174,7 +141,7 @@ static void take_notices(struct bench *t, uint32_t *next)
 
 		assert_int_equal(ev[i].type, FAB_EV_NOTICE);
 		assert_int_equal(ev[i].imm, *next);
-		memcpy(&word, at(t, t->inbox) + 8 * (uint64_t)*next, sizeof(word));
+		memcpy(&word, region_at(t->ops, t->m.inbox) + 8 * (uint64_t)*next, sizeof(word));
 		assert_int_equal(word, *next * 0x9e3779b97f4a7c15ull + 1);
 		++*next;
 	}
@@ -188,7 +155,7 @@ static void many_small_batches(void **state)
 
 	bench_open(&t, state, 8 * WRITES);
 	for (uint64_t i = 0; i < WRITES; i++)
-		((uint64_t *)at(&t, t.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
+		((uint64_t *)region_at(t.ops, t.m.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
 	while (next < WRITES) {
 		uint32_t n = posted % 13 + 1;
 		struct fab_op op[13];
@@ -196,7 +163,7 @@ static void many_small_batches(void **state)
 
 		n = n < WRITES - posted ? n : WRITES - posted;
 		for (uint32_t i = 0; i < n; i++)
-			op[i] = write_op(&t, 8 * (uint64_t)(posted + i), 8, posted + i);
+			op[i] = write_op(&t.m, 8 * (uint64_t)(posted + i), 8, posted + i);
 		if (t.ops->write_notify(t.p.ab, op, n) == 0)
 			posted += n;
 		n = t.ops->poll(t.p.a, ev, ARRAY_LEN(ev));
@@ -218,9 +185,9 @@ static void a_full_socket_neither_loses_nor_blocks(void **state)
 
 	bench_open(&t, state, 8 * MIB);
 	for (uint64_t i = 0; i < MIB; i++)
-		((uint64_t *)at(&t, t.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
+		((uint64_t *)region_at(t.ops, t.m.mine))[i] = i * 0x9e3779b97f4a7c15ull + 1;
 	while (refusals < 100) {
-		struct fab_op op = write_op(&t, 8 * (uint64_t)posted, 8, posted);
+		struct fab_op op = write_op(&t.m, 8 * (uint64_t)posted, 8, posted);
 		int ret = t.ops->write_notify(t.p.ab, &op, 1);
 
 		assert_true(ret == 0 || ret == -EAGAIN);
@@ -250,15 +217,15 @@ static void a_long_copy_is_cut_into_turns(void **state)
 	struct bench t;
 
 	bench_open(&t, state, 16 * MIB);
-	fill(at(&t, t.params), 16 * MIB, 1);
-	op[0] = read_op(&t, 0, 6 * MIB, 0);
-	op[1] = read_op(&t, 6 * MIB, 6 * MIB, 1);
-	op[2] = read_op(&t, 12 * MIB, 4 * MIB, 2);
+	fill(region_at(t.ops, t.m.params), 16 * MIB, 1);
+	op[0] = read_op(&t.m, 0, 6 * MIB, 0);
+	op[1] = read_op(&t.m, 6 * MIB, 6 * MIB, 1);
+	op[2] = read_op(&t.m, 12 * MIB, 4 * MIB, 2);
 	assert_int_equal(t.ops->read(t.p.ab, op, 3), 0);
 	assert_int_equal(t.ops->poll(t.p.a, ev, 4), 2);
 	assert_false(t.ops->arm(t.p.a));
 	assert_int_equal(t.ops->poll(t.p.a, ev, 4), 1);
-	assert_true(filled(at(&t, t.mine), 16 * MIB, 1));
+	assert_true(filled(region_at(t.ops, t.m.mine), 16 * MIB, 1));
 	pair_close(&t.p);
 }
 
@@ -268,7 +235,7 @@ static void refused(struct bench *t, struct fab_op op, bool write, int expected)
 	int ret;
 
 	/* A good one before it: nothing of the batch may be posted. */
-	batch[0] = write ? write_op(t, 0, 8, 0) : read_op(t, 0, 8, 0);
+	batch[0] = write ? write_op(&t->m, 0, 8, 0) : read_op(&t->m, 0, 8, 0);
 	batch[1] = op;
 	ret = write ? t->ops->write_notify(t->p.ab, batch, 2) : t->ops->read(t->p.ab, batch, 2);
 	assert_int_equal(ret, expected);
@@ -282,8 +249,8 @@ static void wrong_operations_are_refused(void **state)
 
 	bench_open(&t, state, PAGE);
 	bench_open(&other, state, PAGE);
-	good_read = read_op(&t, 0, PAGE, 0);
-	good_write = write_op(&t, 0, PAGE, 0);
+	good_read = read_op(&t.m, 0, PAGE, 0);
+	good_write = write_op(&t.m, 0, PAGE, 0);
 #define REFUSED(from, write, expected, ...)       \
 	do {                                      \
 		op = from;                        \
@@ -300,14 +267,14 @@ static void wrong_operations_are_refused(void **state)
 	REFUSED(good_read, false, -EINVAL, op.bytes = 0);
 	REFUSED(good_read, false, -EINVAL, op.remote = NULL);
 	REFUSED(good_read, false, -EINVAL, op.local = NULL);
-	REFUSED(good_read, false, -EINVAL, op.remote = other.params_of_b);
-	REFUSED(good_read, false, -EINVAL, op.local = other.mine);
-	REFUSED(good_read, false, -EPERM, op.remote = t.inbox_of_b);
-	REFUSED(good_write, true, -EPERM, op.remote = t.params_of_b);
+	REFUSED(good_read, false, -EINVAL, op.remote = other.m.params_of_b);
+	REFUSED(good_read, false, -EINVAL, op.local = other.m.mine);
+	REFUSED(good_read, false, -EPERM, op.remote = t.m.inbox_of_b);
+	REFUSED(good_write, true, -EPERM, op.remote = t.m.params_of_b);
 	REFUSED(good_write, true, -ERANGE, op.remote_offset = PAGE);
 #undef REFUSED
 	for (uint32_t i = 0; i < ARRAY_LEN(many); i++)
-		many[i] = read_op(&t, 0, 8, i);
+		many[i] = read_op(&t.m, 0, 8, i);
 	assert_int_equal(t.ops->read(t.p.ab, many, ARRAY_LEN(many)), -EINVAL);
 	assert_int_equal(t.ops->read(t.p.ab, many, 0), 0);
 	no_event(t.ops, t.p.a);
@@ -327,7 +294,7 @@ static void the_end_comes_after_all_completions(void **state)
 
 	bench_open(&t, state, PAGE);
 	for (uint32_t i = 0; i < N; i++)
-		op[i] = read_op(&t, 8 * (uint64_t)i, 8, i);
+		op[i] = read_op(&t.m, 8 * (uint64_t)i, 8, i);
 	assert_int_equal(t.ops->read(t.p.ab, op, N), 0);
 	t.ops->disconnect(t.p.ba);
 	for (uint32_t i = 0; i < N; i++) {
@@ -347,8 +314,8 @@ static void the_end_comes_after_all_completions(void **state)
 	assert_true(t.ops->arm(t.p.a));
 	assert_int_equal(t.ops->read(t.p.ab, op, 1), -ENOTCONN);
 	t.ops->disconnect(t.p.ab);
-	t.ops->remote_close(t.params_of_b);
-	t.ops->remote_close(t.inbox_of_b);
+	t.ops->remote_close(t.m.params_of_b);
+	t.ops->remote_close(t.m.inbox_of_b);
 	pair_close(&t.p);
 }
 
@@ -361,9 +328,9 @@ static void notices_come_before_the_end(void **state)
 	struct bench t;
 
 	bench_open(&t, state, PAGE);
-	assert_int_equal(t.ops->export_region(t.p.ba, t.params, &unread), 0);
+	assert_int_equal(t.ops->export_region(t.p.ba, t.m.params, &unread), 0);
 	for (uint32_t i = 0; i < 3; i++)
-		op[i] = write_op(&t, 8 * (uint64_t)i, 8, i);
+		op[i] = write_op(&t.m, 8 * (uint64_t)i, 8, i);
 	assert_int_equal(t.ops->write_notify(t.p.ab, op, 3), 0);
 	while (t.ops->counters(t.p.a)->writes < 3)
 		t.ops->poll(t.p.a, ev, 0 + 1);
@@ -383,12 +350,12 @@ static void disconnect_drops_what_is_in_flight(void **state)
 
 	bench_open(&t, state, PAGE);
 	for (uint32_t i = 0; i < 4; i++)
-		op[i] = i % 2 ? read_op(&t, 0, 8, i) : write_op(&t, 0, 8, i);
+		op[i] = i % 2 ? read_op(&t.m, 0, 8, i) : write_op(&t.m, 0, 8, i);
 	assert_int_equal(t.ops->read(t.p.ab, &op[1], 1), 0);
 	assert_int_equal(t.ops->write_notify(t.p.ab, &op[2], 1), 0);
 	t.ops->disconnect(t.p.ab);
-	t.ops->region_close(t.mine);
-	t.ops->remote_close(t.params_of_b);
+	t.ops->region_close(t.m.mine);
+	t.ops->remote_close(t.m.params_of_b);
 	no_event(t.ops, t.p.a);
 	assert_int_equal(next_event(t.ops, t.p.b).type, FAB_EV_DOWN);
 	pair_close(&t.p);
@@ -403,7 +370,7 @@ static void disconnect_drops_notices_not_taken(void **state)
 
 	bench_open(&t, state, PAGE);
 	for (uint32_t i = 0; i < 3; i++)
-		op[i] = write_op(&t, 8 * (uint64_t)i, 8, i);
+		op[i] = write_op(&t.m, 8 * (uint64_t)i, 8, i);
 	assert_int_equal(t.ops->write_notify(t.p.ab, op, 3), 0);
 	assert_int_equal(t.ops->poll(t.p.a, ev, 3), 3);
 	assert_int_equal(next_event(t.ops, t.p.b).imm, 0);
@@ -424,19 +391,19 @@ static void a_word_is_read_before_its_page(void **state)
 	struct bench t;
 
 	bench_open(&t, state, 2 * PAGE);
-	p = (struct fab_progress *)at(&t, t.params);
-	got = (const struct fab_progress *)at(&t, t.mine);
+	p = (struct fab_progress *)region_at(t.ops, t.m.params);
+	got = (const struct fab_progress *)region_at(t.ops, t.m.mine);
 	for (uint16_t v = 1; v < 200; v++) {
-		fill(at(&t, t.params) + PAGE, PAGE, (uint8_t)v);
+		fill(region_at(t.ops, t.m.params) + PAGE, PAGE, (uint8_t)v);
 		fab_progress_publish(p, fab_progress_word(3, v, 4));
-		op = read_op(&t, 0, sizeof(*p), v);
+		op = read_op(&t.m, 0, sizeof(*p), v);
 		assert_int_equal(t.ops->read(t.p.ab, &op, 1), 0);
 		assert_int_equal(next_event(t.ops, t.p.a).status, 0);
 		assert_int_equal(fab_progress_check(got->word, 3, v, 0), FAB_READY);
-		op = read_op(&t, PAGE, PAGE, v);
+		op = read_op(&t.m, PAGE, PAGE, v);
 		assert_int_equal(t.ops->read(t.p.ab, &op, 1), 0);
 		assert_int_equal(next_event(t.ops, t.p.a).status, 0);
-		assert_true(filled(at(&t, t.mine) + PAGE, PAGE, (uint8_t)v));
+		assert_true(filled(region_at(t.ops, t.m.mine) + PAGE, PAGE, (uint8_t)v));
 	}
 	pair_close(&t.p);
 }

@@ -14,17 +14,17 @@ static const struct fab_options by_cm = { .connect = FAB_CONNECT_CM };
 
 static void read_works(struct vpair *v, uint8_t seed)
 {
-	struct fab_op op = vread(v, 0, MIB, seed);
+	struct fab_op op = read_op(&v->m, 0, MIB, seed);
 
-	fill(memory(v, v->params), MIB, seed);
+	fill(region_at(v->ops, v->m.params), MIB, seed);
 	assert_int_equal(v->ops->read(v->a.ep, &op, 1), 0);
 	completions(v, 1);
-	assert_true(filled(memory(v, v->mine), MIB, seed));
+	assert_true(filled(region_at(v->ops, v->m.mine), MIB, seed));
 }
 
 static void push_works(struct vpair *v, uint32_t imm)
 {
-	struct fab_op op = vwrite(v, 0, MIB, imm);
+	struct fab_op op = write_op(&v->m, 0, MIB, imm);
 	struct fab_event ev;
 
 	assert_int_equal(v->ops->write_notify(v->a.ep, &op, 1), 0);
@@ -32,7 +32,7 @@ static void push_works(struct vpair *v, uint32_t imm)
 	ev = await(v, &v->b, LONG);
 	assert_int_equal(ev.type, FAB_EV_NOTICE);
 	assert_int_equal(ev.imm, imm);
-	assert_memory_equal(memory(v, v->inbox), memory(v, v->mine), MIB);
+	assert_memory_equal(region_at(v->ops, v->m.inbox), region_at(v->ops, v->m.mine), MIB);
 }
 
 static void each_way_connects(void **state)
@@ -286,13 +286,13 @@ static void broken_once(struct vpair *v, uint8_t round)
 {
 	struct fab_op op[64];
 
-	fill(memory(v, v->params), MIB, round);
-	memset(memory(v, v->mine), 0, MIB);
+	fill(region_at(v->ops, v->m.params), MIB, round);
+	memset(region_at(v->ops, v->m.mine), 0, MIB);
 	for (uint32_t i = 0; i < 64; i++)
-		op[i] = vread(v, i * 16384ull, 16384, i);
+		op[i] = read_op(&v->m, i * 16384ull, 16384, i);
 	assert_int_equal(v->ops->read(v->a.ep, op, 64), 0);
 	completions(v, 64);
-	assert_true(filled(memory(v, v->mine), MIB, round));
+	assert_true(filled(region_at(v->ops, v->m.mine), MIB, round));
 	push_works(v, round);
 }
 
@@ -335,15 +335,15 @@ static void a_lost_read_ends_at_the_deadline(void **state)
 
 	(void)state;
 	vpair_open(&v, &o, MIB);
-	fill(memory(&v, v.params), MIB, 8);
-	op = vread(&v, 0, MIB, 1);
+	fill(region_at(v.ops, v.m.params), MIB, 8);
+	op = read_op(&v.m, 0, MIB, 1);
 	stub.lose_wr = stub.wr_done + 1;
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	assert_int_equal(await(&v, &v.a, 300).type, 99);
 	assert_int_equal(v.ops->counters(v.a.f)->rebuilds, 0);
 	clock_ahead_ns += 3 * VB_S;
 	completions(&v, 1);
-	assert_true(filled(memory(&v, v.mine), MIB, 8));
+	assert_true(filled(region_at(v.ops, v.m.mine), MIB, 8));
 	assert_int_equal(v.ops->counters(v.a.f)->rebuilds, 1);
 	vpair_close(&v);
 }
@@ -370,8 +370,8 @@ static void ports_come_and_go(void **state)
 	(void)state;
 	for (uint32_t i = 0; i < ARRAY_LEN(options); i++) {
 		vpair_open(&v, &options[i], MIB);
-		fill(memory(&v, v.params), MIB, 6);
-		op = vread(&v, 0, MIB, 1);
+		fill(region_at(v.ops, v.m.params), MIB, 6);
+		op = read_op(&v.m, 0, MIB, 1);
 		stub_port_event(0, 1, IBV_EVENT_PORT_ERR);
 		assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 		assert_int_equal(await(&v, &v.a, 200).type, 99);
@@ -379,7 +379,7 @@ static void ports_come_and_go(void **state)
 		stub.gid_shift = 3;
 		stub_port_event(0, 1, IBV_EVENT_PORT_ACTIVE);
 		completions(&v, 1);
-		assert_true(filled(memory(&v, v.mine), MIB, 6));
+		assert_true(filled(region_at(v.ops, v.m.mine), MIB, 6));
 		v.ops->describe(v.a.ep, text, sizeof(text));
 		assert_non_null(strstr(text, "GID 5"));
 		quiet(&v);
@@ -441,7 +441,7 @@ static void the_only_dead_device_is_the_end(void **state)
 	(void)state;
 	vpair_open(&v, &o, MIB);
 	stub.hold = true;
-	op = vread(&v, 0, MIB, 5);
+	op = read_op(&v.m, 0, MIB, 5);
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	stub_device_event(0, IBV_EVENT_DEVICE_FATAL);
 	assert_int_equal(await(&v, &v.a, 200).type, 99);
@@ -476,7 +476,7 @@ static void each_side_hears_of_the_end(void **state)
 
 		vpair_open(&v, &options[i / 2], MIB);
 		left = a_leaves ? &v.b : &v.a;
-		op = vread(&v, 0, MIB, 1);
+		op = read_op(&v.m, 0, MIB, 1);
 		if (!a_leaves) {
 			stub.hold = true;
 			assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
@@ -536,8 +536,8 @@ static void cycles_leave_nothing(void **state)
 		uint32_t live, up;
 
 		vpair_open(&v, &options[o], MIB);
-		v.ops->remote_close(v.params_of_b);
-		v.ops->remote_close(v.inbox_of_b);
+		v.ops->remote_close(v.m.params_of_b);
+		v.ops->remote_close(v.m.inbox_of_b);
 		live = stub.live;
 		up = open_fds();
 		for (int i = 0; i < 200; i++) {
@@ -570,9 +570,9 @@ static void breaks_are_logged(void **state)
 	assert_int_equal(side_open(&v, &v.a, 1, "test", &log), 0);
 	assert_int_equal(side_open(&v, &v.b, 2, "test", NULL), 0);
 	vpair_connect(&v);
-	v.params = region_new(v.ops, v.b.f, MIB, FAB_REMOTE_READ);
-	v.mine = region_new(v.ops, v.a.f, MIB, FAB_LOCAL);
-	v.params_of_b = pass(&v, v.params);
+	v.m.params = region_new(v.ops, v.b.f, MIB, FAB_REMOTE_READ);
+	v.m.mine = region_new(v.ops, v.a.f, MIB, FAB_LOCAL);
+	v.m.params_of_b = pass(&v, v.m.params);
 	stub.fail_status = IBV_WC_RETRY_EXC_ERR;
 	stub.fail_wr = stub.wr_done + 1;
 	read_works(&v, 1);

@@ -81,15 +81,17 @@ static bool life_open(struct vpair *v, const struct fab_options *o)
 	v->o = *o;
 	if (side_open(v, &v->a, 1, "test", NULL) || side_open(v, &v->b, 2, "test", NULL) || !life_connect(v))
 		return false;
-	if (v->ops->region_open(v->a.f, &attr, &v->mine, &e))
+	if (v->ops->region_open(v->a.f, &attr, &v->m.mine, &e))
 		return false;
 	attr.access = FAB_REMOTE_READ;
-	if (v->ops->region_open(v->b.f, &attr, &v->params, &e) || v->ops->export_region(v->b.ep, v->params, &blob) ||
-	    v->ops->import_region(v->a.ep, &blob, &v->params_of_b))
+	if (v->ops->region_open(v->b.f, &attr, &v->m.params, &e) ||
+	    v->ops->export_region(v->b.ep, v->m.params, &blob) ||
+	    v->ops->import_region(v->a.ep, &blob, &v->m.params_of_b))
 		return false;
 	attr.access = FAB_REMOTE_WRITE;
-	return !v->ops->region_open(v->b.f, &attr, &v->inbox, &e) && !v->ops->export_region(v->b.ep, v->inbox, &blob) &&
-	       !v->ops->import_region(v->a.ep, &blob, &v->inbox_of_b);
+	return !v->ops->region_open(v->b.f, &attr, &v->m.inbox, &e) &&
+	       !v->ops->export_region(v->b.ep, v->m.inbox, &blob) &&
+	       !v->ops->import_region(v->a.ep, &blob, &v->m.inbox_of_b);
 }
 
 /* A batch of reads and a push. Every operation completes, well or not; what completes well is right. */
@@ -98,10 +100,10 @@ static bool life_work(struct vpair *v, uint8_t seed)
 	struct fab_op op[33];
 	uint32_t posted, good = 0;
 
-	fill(memory(v, v->params), MIB, seed);
+	fill(region_at(v->ops, v->m.params), MIB, seed);
 	for (uint32_t i = 0; i < 32; i++)
-		op[i] = vread(v, i * 32768ull, 32768, i);
-	op[32] = vwrite(v, 0, 64, seed);
+		op[i] = read_op(&v->m, i * 32768ull, 32768, i);
+	op[32] = write_op(&v->m, 0, 64, seed);
 	posted = v->ops->read(v->a.ep, op, 32) ? 0 : 32;
 	posted += v->ops->write_notify(v->a.ep, op + 32, 1) == 0;
 	for (uint32_t i = 0; i < posted; i++) {
@@ -110,8 +112,8 @@ static bool life_work(struct vpair *v, uint8_t seed)
 		assert_true(ev.type == FAB_EV_READ || ev.type == FAB_EV_WRITE);
 		good += ev.status == 0;
 		if (ev.type == FAB_EV_READ && !ev.status)
-			assert_memory_equal(memory(v, v->mine) + ev.user * 32768,
-					    memory(v, v->params) + ev.user * 32768, 32768);
+			assert_memory_equal(region_at(v->ops, v->m.mine) + ev.user * 32768,
+					    region_at(v->ops, v->m.params) + ev.user * 32768, 32768);
 	}
 	while (await(v, &v->b, 5).type == FAB_EV_NOTICE)
 		;
@@ -209,7 +211,7 @@ static void a_thousand_breaks_leave_nothing(void **state)
 	vpair_open(&v, &by_control, MIB);
 	live_before = stub.live;
 	for (uint32_t i = 0; i < 1000; i++) {
-		struct fab_op op = vread(&v, 0, 4096, i);
+		struct fab_op op = read_op(&v.m, 0, 4096, i);
 
 		stub.fail_status = i % 2 ? IBV_WC_RETRY_EXC_ERR : IBV_WC_GENERAL_ERR;
 		stub.fail_wr = stub.wr_done + 1;
@@ -255,8 +257,8 @@ enum { BEYOND_INBOX, INTO_PARAMETERS, INTO_ANOTHERS, STALE_KEY, GUESSED_KEY, REA
 static struct fab_op attack_op(struct vpair *v, int kind, struct fab_region *anothers, struct fab_region *private_one,
 			       bool *write)
 {
-	struct fab_op op = vwrite(v, 0, 64, 1);
-	struct fab_remote *in = v->inbox_of_b, *params = v->params_of_b;
+	struct fab_op op = write_op(&v->m, 0, 64, 1);
+	struct fab_remote *in = v->m.inbox_of_b, *params = v->m.params_of_b;
 
 	*write = true;
 	switch (kind) {
@@ -273,8 +275,8 @@ static struct fab_op attack_op(struct vpair *v, int kind, struct fab_region *ano
 		in->desc.key[0] = anothers->mr[0]->rkey;
 		break;
 	case STALE_KEY:
-		v->ops->region_close(v->inbox);
-		v->inbox = NULL;
+		v->ops->region_close(v->m.inbox);
+		v->m.inbox = NULL;
 		break;
 	case GUESSED_KEY:
 		in->desc.key[0] ^= 0x100;
@@ -291,7 +293,7 @@ static struct fab_op attack_op(struct vpair *v, int kind, struct fab_region *ano
 		break;
 	}
 	if (!*write)
-		op = vread(v, 0, 64, 1);
+		op = read_op(&v->m, 0, 64, 1);
 	return op;
 }
 
@@ -315,24 +317,24 @@ static void attacks_are_refused(void **state)
 		honest_b = v.b.ep;
 		vpair_connect(&v);
 		/* The first is honest, the second attacks. */
-		anothers = v.inbox;
+		anothers = v.m.inbox;
 		private_one = region_new(v.ops, v.b.f, MIB, FAB_LOCAL);
-		v.inbox = region_new(v.ops, v.b.f, MIB, FAB_REMOTE_WRITE);
-		theirs = v.inbox_of_b;
-		v.params_of_b = pass(&v, v.params);
-		v.inbox_of_b = pass(&v, v.inbox);
-		fill(memory(&v, v.params), MIB, 4);
-		fill(memory(&v, anothers), MIB, 5);
+		v.m.inbox = region_new(v.ops, v.b.f, MIB, FAB_REMOTE_WRITE);
+		theirs = v.m.inbox_of_b;
+		v.m.params_of_b = pass(&v, v.m.params);
+		v.m.inbox_of_b = pass(&v, v.m.inbox);
+		fill(region_at(v.ops, v.m.params), MIB, 4);
+		fill(region_at(v.ops, anothers), MIB, 5);
 		op = attack_op(&v, kind % ATTACKS, anothers, private_one, &write);
 		attack(&v, op, write, 1);
-		assert_true(filled(memory(&v, v.params), MIB, 4));
-		assert_true(filled(memory(&v, anothers), MIB, 5));
+		assert_true(filled(region_at(v.ops, v.m.params), MIB, 4));
+		assert_true(filled(region_at(v.ops, anothers), MIB, 5));
 		/* The honest one is undisturbed. */
-		op = (struct fab_op){ .remote = theirs, .local = v.mine, .bytes = 4096, .imm = 9 };
+		op = (struct fab_op){ .remote = theirs, .local = v.m.mine, .bytes = 4096, .imm = 9 };
 		assert_int_equal(v.ops->write_notify(honest_a, &op, 1), 0);
 		completions(&v, 1);
 		assert_ptr_equal(patiently(&v, &v.b).ep, honest_b);
-		assert_int_equal(v.ops->export_region(honest_b, v.params, &blob), 0);
+		assert_int_equal(v.ops->export_region(honest_b, v.m.params, &blob), 0);
 		vpair_close(&v);
 	}
 	stub_reset();
@@ -348,8 +350,8 @@ static void an_attacker_that_goes_is_counted(void **state)
 	stub_reset();
 	stub.quiet_access = stub.no_flush_receives = true;
 	vpair_open(&v, &by_control, MIB);
-	v.params_of_b->desc.key[0] ^= 0x100;
-	op = vread(&v, 0, 64, 1);
+	v.m.params_of_b->desc.key[0] ^= 0x100;
+	op = read_op(&v.m, 0, 64, 1);
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	assert_int_equal(await(&v, &v.a, LONG).status, -EACCES);
 	assert_int_equal(v.ops->counters(v.b.f)->refused, 0);

@@ -11,20 +11,21 @@ static void reads_of_any_size(void **state)
 
 	(void)state;
 	vpair_open(&v, NULL, 8 * MIB);
-	fill(memory(&v, v.params), 8 * MIB, 3);
+	fill(region_at(v.ops, v.m.params), 8 * MIB, 3);
 	for (size_t i = 0; i < ARRAY_LEN(bytes); i++) {
-		struct fab_op op = vread(&v, 4096 + i, bytes[i], i);
+		struct fab_op op = read_op(&v.m, 4096 + i, bytes[i], i);
 		struct fab_event ev;
 
-		memset(memory(&v, v.mine), 0, 8 * MIB);
+		memset(region_at(v.ops, v.m.mine), 0, 8 * MIB);
 		assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 		ev = await(&v, &v.a, LONG);
 		assert_int_equal(ev.type, FAB_EV_READ);
 		assert_int_equal(ev.user, i);
 		assert_int_equal(ev.status, 0);
-		assert_memory_equal(memory(&v, v.mine) + 4096 + i, memory(&v, v.params) + 4096 + i, bytes[i]);
-		assert_int_equal(memory(&v, v.mine)[4095 + i], 0);
-		assert_int_equal(memory(&v, v.mine)[4096 + i + bytes[i]], 0);
+		assert_memory_equal(region_at(v.ops, v.m.mine) + 4096 + i, region_at(v.ops, v.m.params) + 4096 + i,
+				    bytes[i]);
+		assert_int_equal(region_at(v.ops, v.m.mine)[4095 + i], 0);
+		assert_int_equal(region_at(v.ops, v.m.mine)[4096 + i + bytes[i]], 0);
 	}
 	assert_int_equal(v.ops->counters(v.a.f)->reads, ARRAY_LEN(bytes));
 	quiet(&v);
@@ -39,9 +40,9 @@ static void pushes_of_any_size(void **state)
 
 	(void)state;
 	vpair_open(&v, NULL, 4 * MIB);
-	fill(memory(&v, v.mine), 4 * MIB, 9);
+	fill(region_at(v.ops, v.m.mine), 4 * MIB, 9);
 	for (uint32_t i = 0; i < ARRAY_LEN(bytes); i++) {
-		struct fab_op op = vwrite(&v, 128, bytes[i], 40 + i);
+		struct fab_op op = write_op(&v.m, 128, bytes[i], 40 + i);
 		struct fab_event ev;
 
 		assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
@@ -49,7 +50,7 @@ static void pushes_of_any_size(void **state)
 		assert_int_equal(ev.type, FAB_EV_NOTICE);
 		assert_int_equal(ev.imm, 40 + i);
 		assert_int_equal(ev.user, 22);
-		assert_memory_equal(memory(&v, v.inbox) + 128, memory(&v, v.mine) + 128, bytes[i]);
+		assert_memory_equal(region_at(v.ops, v.m.inbox) + 128, region_at(v.ops, v.m.mine) + 128, bytes[i]);
 		ev = await(&v, &v.a, LONG);
 		assert_int_equal(ev.type, FAB_EV_WRITE);
 		assert_int_equal(ev.user, 1040 + i);
@@ -70,9 +71,9 @@ static void batches_are_chained(void **state)
 
 	(void)state;
 	vpair_open(&v, NULL, MIB);
-	fill(memory(&v, v.params), MIB, 1);
+	fill(region_at(v.ops, v.m.params), MIB, 1);
 	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
-		op[i] = vread(&v, i * 4096ull, 4096, i);
+		op[i] = read_op(&v.m, i * 4096ull, 4096, i);
 	posts = stub.posts;
 	assert_int_equal(v.ops->read(v.a.ep, op, FAB_BATCH_MAX), 0);
 	assert_int_equal(stub.chain_max, 32);
@@ -84,7 +85,7 @@ static void batches_are_chained(void **state)
 		assert_true(ev.user < FAB_BATCH_MAX && !seen[ev.user]);
 		seen[ev.user] = true;
 	}
-	assert_true(filled(memory(&v, v.mine), MIB, 1));
+	assert_true(filled(region_at(v.ops, v.m.mine), MIB, 1));
 	vpair_close(&v);
 }
 
@@ -101,7 +102,7 @@ static void too_much_waits(void **state)
 	vpair_open(&v, &o, MIB);
 	stub.hold = true;
 	for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
-		op[i] = vread(&v, i * 4096ull, 4096, i);
+		op[i] = read_op(&v.m, i * 4096ull, 4096, i);
 	while ((ret = v.ops->read(v.a.ep, op, FAB_BATCH_MAX)) == 0)
 		posted += FAB_BATCH_MAX;
 	assert_int_equal(ret, -EAGAIN);
@@ -125,7 +126,7 @@ static void the_budget_holds(void **state)
 	vpair_open(&v, &o, 8 * MIB);
 	stub.hold = true;
 	posts = stub.posts;
-	op = vread(&v, 0, 4 * MIB, 1);
+	op = read_op(&v.m, 0, 4 * MIB, 1);
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	/* Two chains. */
 	assert_int_equal(stub.posts - posts, 2);
@@ -145,7 +146,7 @@ static void notices_outnumber_receives(void **state)
 	(void)state;
 	vpair_open(&v, NULL, 8 * N);
 	while (noticed < N) {
-		struct fab_op op = vwrite(&v, 8ull * posted, 8, posted);
+		struct fab_op op = write_op(&v.m, 8ull * posted, 8, posted);
 		struct fab_event ev;
 
 		if (posted < N && v.ops->write_notify(v.a.ep, &op, 1) == 0)
@@ -174,7 +175,7 @@ static void a_side_that_does_not_poll(void **state)
 	vpair_open(&v, NULL, MIB);
 	for (uint32_t round = 0; round < 4; round++) {
 		for (uint32_t i = 0; i < FAB_BATCH_MAX; i++)
-			op[i] = vwrite(&v, 8ull * i, 8, round * FAB_BATCH_MAX + i);
+			op[i] = write_op(&v.m, 8ull * i, 8, round * FAB_BATCH_MAX + i);
 		assert_int_equal(v.ops->write_notify(v.a.ep, op, FAB_BATCH_MAX), 0);
 	}
 	for (int i = 0; i < 100; i++) {
@@ -187,7 +188,7 @@ static void a_side_that_does_not_poll(void **state)
 	completions(&v, 4 * FAB_BATCH_MAX - done);
 	for (uint32_t i = 0; i < 4 * FAB_BATCH_MAX; i++)
 		assert_int_equal((ev = await(&v, &v.b, LONG)).type, FAB_EV_NOTICE);
-	read_one = vread(&v, 0, 8, 1);
+	read_one = read_op(&v.m, 0, 8, 1);
 	assert_int_equal(v.ops->read(v.a.ep, &read_one, 1), 0);
 	completions(&v, 1);
 	vpair_close(&v);
@@ -202,16 +203,16 @@ static void pieces_are_sewn_together(void **state)
 	(void)state;
 	stub.max_mr_size = 2 * MIB + 5;
 	vpair_open(&v, NULL, 7 * MIB);
-	fill(memory(&v, v.params), 7 * MIB, 5);
-	op = vread(&v, 3, 7 * MIB - 3, 1);
+	fill(region_at(v.ops, v.m.params), 7 * MIB, 5);
+	op = read_op(&v.m, 3, 7 * MIB - 3, 1);
 	op.local_offset = 1;
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	completions(&v, 1);
-	assert_memory_equal(memory(&v, v.mine) + 1, memory(&v, v.params) + 3, 7 * MIB - 3);
-	op = vwrite(&v, 0, 7 * MIB, 8);
+	assert_memory_equal(region_at(v.ops, v.m.mine) + 1, region_at(v.ops, v.m.params) + 3, 7 * MIB - 3);
+	op = write_op(&v.m, 0, 7 * MIB, 8);
 	assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
 	assert_int_equal(await(&v, &v.b, LONG).imm, 8);
-	assert_memory_equal(memory(&v, v.mine), memory(&v, v.inbox), 7 * MIB);
+	assert_memory_equal(region_at(v.ops, v.m.mine), region_at(v.ops, v.m.inbox), 7 * MIB);
 	vpair_close(&v);
 	stub_reset();
 }
@@ -228,14 +229,14 @@ static void rails_share_the_work(void **state)
 	vpair_open(&v, NULL, 8 * MIB);
 	assert_int_equal(v.ops->counters(v.a.f)->connects, 2);
 	assert_int_equal(stub_qps(), 16);
-	fill(memory(&v, v.params), 8 * MIB, 2);
-	op = vread(&v, 0, 8 * MIB, 1);
+	fill(region_at(v.ops, v.m.params), 8 * MIB, 2);
+	op = read_op(&v.m, 0, 8 * MIB, 1);
 	stub.hold = true;
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	assert_int_equal(stub.posts, 4);
 	stub.hold = false;
 	completions(&v, 1);
-	assert_true(filled(memory(&v, v.mine), 8 * MIB, 2));
+	assert_true(filled(region_at(v.ops, v.m.mine), 8 * MIB, 2));
 	v.ops->describe(v.a.ep, text, sizeof(text));
 	assert_non_null(strstr(text, "stub0/1 RoCE v2, GID 2, MTU"));
 	assert_non_null(strstr(text, "2 of 2 rails"));
@@ -254,7 +255,7 @@ static void sleepers_are_woken(void **state)
 	pfd.fd = v.ops->fd(v.b.f);
 	while (!v.ops->arm(v.b.f) || poll(&pfd, 1, 0))
 		both_poll(&v);
-	op = vwrite(&v, 0, 4096, 7);
+	op = write_op(&v.m, 0, 4096, 7);
 	assert_int_equal(v.ops->write_notify(v.a.ep, &op, 1), 0);
 	stub_step();
 	assert_int_equal(poll(&pfd, 1, 1000), 1);
@@ -263,7 +264,7 @@ static void sleepers_are_woken(void **state)
 	/* A reader that sleeps while it is in flight. */
 	pfd.fd = v.ops->fd(v.a.f);
 	stub.hold = true;
-	op = vread(&v, 0, 4096, 1);
+	op = read_op(&v.m, 0, 4096, 1);
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	side_poll(&v, &v.a, &v.b);
 	assert_true(v.ops->arm(v.a.f));
@@ -310,7 +311,7 @@ static void push_many(struct vpair *v, uint32_t n, uint64_t bytes)
 	struct fab_op op[FAB_BATCH_MAX];
 
 	for (uint32_t i = 0; i < n; i++)
-		op[i] = vwrite(v, i * bytes, bytes, i);
+		op[i] = write_op(&v->m, i * bytes, bytes, i);
 	stub.hold = true;
 	assert_int_equal(v->ops->write_notify(v->a.ep, op, n), 0);
 	stub.hold = false;
@@ -353,8 +354,8 @@ static void a_chain_without_an_end_wakes(void **state)
 	(void)state;
 	vpair_open(&v, &o, MIB);
 	b_falls_asleep(&v);
-	op[0] = vwrite(&v, 0, 8, 1);
-	op[1] = vwrite(&v, 4096, 700 << 10, 2);
+	op[0] = write_op(&v.m, 0, 8, 1);
+	op[1] = write_op(&v.m, 4096, 700 << 10, 2);
 	stub.hold = true;
 	assert_int_equal(v.ops->write_notify(v.a.ep, op, 2), 0);
 	stub.hold = false;
@@ -419,13 +420,13 @@ static void regions_are_what_they_say(void **state)
 	assert_int_equal(v.ops->region_open(v.a.f, &attr, &r, &e), -EINVAL);
 	local = region_new(v.ops, v.b.f, 4096, FAB_LOCAL);
 	assert_int_equal(v.ops->export_region(v.b.ep, local, &blob), -EPERM);
-	assert_int_equal(v.ops->export_region(v.b.ep, v.inbox, &blob), -EPERM);
+	assert_int_equal(v.ops->export_region(v.b.ep, v.m.inbox, &blob), -EPERM);
 	second = region_new(v.ops, v.a.f, 4096, FAB_REMOTE_WRITE);
 	assert_int_equal(v.ops->export_region(v.a.ep, second, &blob), -ENOTSUP);
 	/* Where reads land only. */
 	assert_int_equal(stub.relaxed_n, 1);
 
-	assert_int_equal(v.ops->export_region(v.b.ep, v.params, &blob), 0);
+	assert_int_equal(v.ops->export_region(v.b.ep, v.m.params, &blob), 0);
 	for (uint32_t cut = 0; cut < blob.bytes; cut++) {
 		wrong = blob;
 		wrong.bytes = cut;
@@ -464,11 +465,11 @@ static void memory_is_adopted(void **state)
 	assert_int_equal(v.ops->region_open(v.b.f, &attr, &adopted, &e), 0);
 	assert_ptr_equal(v.ops->region_addr(adopted), attr.at);
 	fill(attr.at, MIB, 77);
-	v.params_of_b = pass(&v, adopted);
-	op = vread(&v, 0, MIB, 1);
+	v.m.params_of_b = pass(&v, adopted);
+	op = read_op(&v.m, 0, MIB, 1);
 	assert_int_equal(v.ops->read(v.a.ep, &op, 1), 0);
 	completions(&v, 1);
-	assert_true(filled(memory(&v, v.mine), MIB, 77));
+	assert_true(filled(region_at(v.ops, v.m.mine), MIB, 77));
 	vpair_close(&v);
 	assert_true(filled(attr.at, MIB, 77));
 	local->close(f);

@@ -12,7 +12,6 @@
 
 #include <sys/timerfd.h>
 
-#define MIB (1u << 20)
 #define MS 1000000ull
 
 static uint64_t clock_ahead_ns;
@@ -49,8 +48,7 @@ struct vpair {
 	const struct fab_ops *ops;
 	struct fab_options o;
 	struct side a, b; /* a connects */
-	struct fab_region *params, *inbox, *mine;
-	struct fab_remote *params_of_b, *inbox_of_b;
+	struct pair_memory m;
 	uint32_t signals;
 };
 
@@ -140,12 +138,7 @@ static inline void vpair_connect(struct vpair *v)
 
 static inline struct fab_remote *pass(struct vpair *v, struct fab_region *r)
 {
-	struct fab_remote *remote = NULL;
-	struct fab_blob blob;
-
-	assert_int_equal(v->ops->export_region(v->b.ep, r, &blob), 0);
-	assert_int_equal(v->ops->import_region(v->a.ep, &blob, &remote), 0);
-	return remote;
+	return region_pass(v->ops, v->b.ep, r, v->a.f, v->a.ep);
 }
 
 static inline void vpair_open(struct vpair *v, const struct fab_options *o, uint64_t bytes)
@@ -157,11 +150,8 @@ static inline void vpair_open(struct vpair *v, const struct fab_options *o, uint
 	assert_int_equal(side_open(v, &v->a, 1, "test", NULL), 0);
 	assert_int_equal(side_open(v, &v->b, 2, "test", NULL), 0);
 	vpair_connect(v);
-	v->params = region_new(v->ops, v->b.f, bytes, FAB_REMOTE_READ);
-	v->inbox = region_new(v->ops, v->b.f, bytes, FAB_REMOTE_WRITE);
-	v->mine = region_new(v->ops, v->a.f, bytes, FAB_LOCAL);
-	v->params_of_b = pass(v, v->params);
-	v->inbox_of_b = pass(v, v->inbox);
+	memory_open(&v->m, &(struct pair){ .ops = v->ops, .a = v->a.f, .b = v->b.f, .ab = v->a.ep, .ba = v->b.ep },
+		    bytes);
 	quiet(v);
 }
 
@@ -172,32 +162,6 @@ static inline void vpair_close(struct vpair *v)
 	if (v->b.f)
 		v->ops->close(v->b.f);
 	assert_int_equal(stub.live, 0);
-}
-
-static inline uint8_t *memory(struct vpair *v, struct fab_region *r)
-{
-	return v->ops->region_addr(r);
-}
-
-static inline struct fab_op vread(struct vpair *v, uint64_t at, uint64_t bytes, uint64_t user)
-{
-	return (struct fab_op){ .remote = v->params_of_b,
-				.remote_offset = at,
-				.local = v->mine,
-				.local_offset = at,
-				.bytes = bytes,
-				.user = user };
-}
-
-static inline struct fab_op vwrite(struct vpair *v, uint64_t at, uint64_t bytes, uint32_t imm)
-{
-	return (struct fab_op){ .remote = v->inbox_of_b,
-				.remote_offset = at,
-				.local = v->mine,
-				.local_offset = at,
-				.bytes = bytes,
-				.user = 1000u + imm,
-				.imm = imm };
 }
 
 /* Takes n completions of status 0. */
