@@ -272,11 +272,31 @@ static uint64_t our_host(const struct shard *s, const struct member_table *t)
 	return 0;
 }
 
+/* Pages can be dealt when all shard services are here, and not before. */
+static int prepare_once(struct shard *s, const struct member_table *t, struct err *e)
+{
+	uint32_t *ids, n = 0;
+	int rc;
+
+	for (uint32_t i = 0; i < t->n; i++)
+		n += t->member[i].role == ROLE_SHARD;
+	if (s->prepared || n != s->n_shards)
+		return 0;
+	ids = calloc(n, sizeof(*ids));
+	if (!ids)
+		return err_set(e, -ENOMEM, "no memory for the ids of %u shard services", n);
+	for (uint32_t i = 0, k = 0; i < t->n; i++)
+		if (t->member[i].role == ROLE_SHARD)
+			ids[k++] = t->member[i].member;
+	rc = prepare(s, ids, e);
+	free(ids);
+	return rc;
+}
+
 static void on_members(void *ctx, const struct member_table *t)
 {
 	struct shard *s = ctx;
 	uint64_t host = our_host(s, t);
-	uint32_t shards[64], n_shards = 0;
 	struct err e = { 0 };
 
 	s->n_live = 0;
@@ -286,11 +306,9 @@ static void on_members(void *ctx, const struct member_table *t)
 		if (t->member[i].role == ROLE_WORKER) {
 			s->live_here[s->n_live] = t->member[i].host_id == host;
 			s->live[s->n_live++] = t->member[i].member;
-		} else if (t->member[i].role == ROLE_SHARD && n_shards < ARRAY_LEN(shards)) {
-			shards[n_shards++] = t->member[i].member;
 		}
 	}
-	if (!s->prepared && n_shards == s->n_shards && prepare(s, shards, &e)) {
+	if (prepare_once(s, t, &e)) {
 		shard_end(s, EXIT_JOB_FAILED, true, "%s", e.text);
 		return;
 	}

@@ -43,6 +43,13 @@ def small(directory):
     same_bits("copy", one(directory, "copy", "--shards", 2, "--workers", 2, "--fabric", "local-copy"), want)
 
 
+def many(directory):
+    """More shard services than a unit has runs, so that most of them hold nothing of most units."""
+    want = one(directory, "few", "--shards", 1, "--workers", 1)
+    run(config(directory), "--run-dir", directory / "many", "--shards", 66, "--workers", 1, "--threads", 1, seconds=150)
+    same_bits("66 shard services", bits(directory / "many", STEPS), want)
+
+
 def variants(directory):
     """Reads and pushes instead of mapping; a tiny live window; activations recomputed; one held node; little memory."""
     want = one(directory, "plain")
@@ -213,4 +220,4 @@ def free_port():
         return s.getsockname()[1]
 
 
-main([matrix, small, variants, llama, continued, broken_weights, by_hand, mixed, faults, pair_lost])
+main([matrix, small, many, variants, llama, continued, broken_weights, by_hand, mixed, faults, pair_lost])
