@@ -10,6 +10,7 @@
 #include <dirent.h>
 
 #define BYTES 4096u
+#define SAY_AFTER 1000u /* connections: whoever waits sees that it goes on */
 
 struct count {
 	char rdma[128]; /* as `rdma resource` says */
@@ -185,6 +186,8 @@ int main(int argc, char **argv)
 		begin(&u);
 		use(&u);
 		end(&u, i);
+		if ((i + 1) % SAY_AFTER == 0 && i + 1 < n[0])
+			printf("%u connections after %.1f s\n", i + 1, clock_seconds(clock_now_ns() - began));
 	}
 	printf("%llu connections in %.1f s\n", (unsigned long long)n[0], clock_seconds(clock_now_ns() - began));
 	after = take_stock("then");
