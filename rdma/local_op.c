@@ -26,16 +26,11 @@
 
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
-	int ret;
-
-	if (!op->remote || !op->local || op->bytes == 0)
-		return -EINVAL;
-	if (op->remote->ep != ep || op->local->fab != ep->fab)
+	if (!op->remote || !op->local || op->remote->ep != ep || op->local->fab != ep->fab)
 		return -EINVAL;
 	if (op->remote->access != needed)
 		return -EPERM;
-	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->bytes);
-	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
+	return fab_op_check(op, op->remote->bytes, op->local->bytes);
 }
 
 static int check_batch(const struct fab_ep *ep, const struct fab_op *op, uint32_t n, enum fab_access needed)

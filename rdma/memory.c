@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the providers of networks do alike: the memory of a region, what is refused of its attributes, no mapping. */
+/* What providers do alike: the memory of a region, what is refused of its attributes and of an operation, no mapping. */
 #include "rdma/providers.h"
 
 #include <errno.h>
@@ -71,6 +71,20 @@ int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **b
 		 "them; sysctl vm.nr_hugepages sets huge pages aside",
 		 fab_region_name(a), strerror(-ret));
 	return map_ordinary(a, base, bytes);
+}
+
+static bool inside(uint64_t offset, uint64_t bytes, uint64_t all)
+{
+	return offset <= all && bytes <= all - offset;
+}
+
+int fab_op_check(const struct fab_op *op, uint64_t remote_bytes, uint64_t local_bytes)
+{
+	if (op->bytes == 0)
+		return -EINVAL;
+	if (!inside(op->remote_offset, op->bytes, remote_bytes) || !inside(op->local_offset, op->bytes, local_bytes))
+		return -ERANGE;
+	return 0;
 }
 
 int fab_no_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out)

@@ -5,8 +5,6 @@
 
 #include "rdma/fabric.h"
 
-#include <errno.h>
-
 extern const struct fab_ops fab_local_ops, fab_local_copy_ops, fab_ofi_ops, fab_verbs_ops;
 
 /* memory.c: what providers do alike. */
@@ -19,11 +17,8 @@ int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **b
 /* fab_ops.map where memory is not shared. */
 int fab_no_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out);
 
-/* -ERANGE: [offset, offset + bytes) is not inside of all. */
-static inline int fab_range_check(uint64_t offset, uint64_t bytes, uint64_t all)
-{
-	return offset > all || bytes > all - offset ? -ERANGE : 0;
-}
+/* -EINVAL: no bytes; -ERANGE: outside of one of the two regions, of so many bytes. */
+int fab_op_check(const struct fab_op *op, uint64_t remote_bytes, uint64_t local_bytes);
 
 /* fault.c: --fabric "fault:SPEC:provider" */
 #define FAULT_PREFIX "fault:"

@@ -35,16 +35,11 @@ _Static_assert(OFI_NOTICES_ENOUGH + COMPLETIONS_AT_ONCE <= OFI_NOTICES, "what is
 
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
-	int ret;
-
-	if (!op->remote || !op->local || op->bytes == 0)
-		return -EINVAL;
-	if (op->remote->ep != ep || op->local->fab != ep->fab)
+	if (!op->remote || !op->local || op->remote->ep != ep || op->local->fab != ep->fab)
 		return -EINVAL;
 	if (op->remote->access != needed)
 		return -EPERM;
-	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->bytes);
-	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
+	return fab_op_check(op, op->remote->bytes, op->local->bytes);
 }
 
 static void take_idle(struct fab_ep *ep, const struct fab_op *op, bool write, struct ofi_ops *out)

@@ -43,16 +43,13 @@
 
 static int check_op(const struct fab_ep *ep, const struct fab_op *op, enum fab_access needed)
 {
-	int ret;
-
-	if (!op->remote || !op->local || op->bytes == 0)
+	if (!op->remote || !op->local || op->remote->ep != ep || op->local->fab != ep->fab)
 		return -EINVAL;
-	if (op->remote->ep != ep || op->local->fab != ep->fab || op->local->access == FAB_REMOTE_WRITE)
+	if (op->local->access == FAB_REMOTE_WRITE)
 		return -EINVAL;
 	if (op->remote->desc.access != needed)
 		return -EPERM;
-	ret = fab_range_check(op->remote_offset, op->bytes, op->remote->desc.bytes);
-	return ret ? ret : fab_range_check(op->local_offset, op->bytes, op->local->bytes);
+	return fab_op_check(op, op->remote->desc.bytes, op->local->bytes);
 }
 
 static int post(struct fab_ep *ep, const struct fab_op *op, uint32_t n, bool write)
