@@ -17,7 +17,8 @@ struct job_plan {
 	const struct job_config *config;
 	struct batch_plan batch;
 	struct unit_table table;
-	bool mapped;
+	const struct fab_ops
+		*fabric; /* what a pair on this host would use, as far as it is known before members meet */
 	uint64_t index_bytes, total;
 	FILE *out;
 };
@@ -28,7 +29,8 @@ static int print_shards(struct job_plan *p, struct err *e)
 	const struct job_config *c = p->config;
 	const struct shard_place place = { .n_workers = c->workers,
 					   .threads = shard_threads(c, c->shards),
-					   .mapped = p->mapped };
+					   .mapped = p->fabric->maps,
+					   .connection_bytes = p->fabric->connection_bytes };
 	struct shard_plan plan, largest = { 0 };
 	uint32_t *ids = calloc(c->shards, sizeof(*ids));
 	struct page_map map;
@@ -65,7 +67,8 @@ static int print_workers(struct job_plan *p, struct err *e)
 		.n_shards = c->shards,
 		.host_workers = c->workers,
 		.threads = worker_threads(c, c->workers),
-		.mapped = p->mapped,
+		.mapped = p->fabric->maps,
+		.connections = (uint64_t)c->shards * p->fabric->connection_bytes,
 		.index_bytes = p->index_bytes,
 	};
 	struct worker_plan plan;
@@ -124,11 +127,10 @@ int plan_print(FILE *f, const struct job_config *c, uint64_t index_bytes, struct
 
 	if (rc)
 		return rc;
-	/* As far as it is known before members meet: what a pair on this host would use. */
 	rc = fab_candidates(c->fabric, NULL, true, fabric, NULL, NULL, e);
 	if (rc < 0)
 		return rc;
-	p.mapped = fabric[0].ops->maps;
+	p.fabric = fabric[0].ops;
 	rc = unit_table_init(&p.table, &c->model, e);
 	if (rc)
 		return rc;

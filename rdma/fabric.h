@@ -168,6 +168,8 @@ struct fab_config {
 struct fab_ops {
 	const char *name;
 	bool maps; /* fab_map works: memory of a peer can be used in place */
+	/* Of private memory that a connection takes, for a memory plan; measured. 0: too little to plan. */
+	uint32_t connection_bytes;
 	/*
 	 * Can this host use it at all? 0, or -Exxx; `reason` says in either case what
 	 * was found, or what is missing and how to get it. Cheap, leaves nothing open.

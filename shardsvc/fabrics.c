@@ -119,12 +119,12 @@ int fabrics_open(struct shard *s, struct err *e)
 	return 0;
 }
 
-bool fabrics_may_map(const struct shard *s)
+const struct fab_ops *fabrics_expected(const struct shard *s)
 {
 	struct fab_candidate c[FAB_CANDIDATES_MAX];
-	int n = fab_candidates(s->fabric_want, &s->fabric_options, true, c, NULL, NULL, NULL);
+	int n = fab_candidates(s->fabric_want, &s->fabric_options, s->one_host, c, NULL, NULL, NULL);
 
-	return n > 0 && c[0].ops->maps;
+	return n > 0 ? c[0].ops : NULL;
 }
 
 int fabrics_parameters(struct shard *s, uint64_t bytes, void **at, struct err *e)

@@ -55,6 +55,9 @@ int shard_memory_plan(const struct job_config *c, const struct unit_table *t, co
 		     place->threads);
 	mem_plan_add(&out->mem, "rings and tables", table_bytes(&s, place->n_workers), "%u pieces, %u workers",
 		     s.n_pieces, place->n_workers);
+	if (place->connection_bytes)
+		mem_plan_add(&out->mem, "connections", (uint64_t)place->n_workers * place->connection_bytes,
+			     "buffers of the network, to %u workers", place->n_workers);
 	mem_plan_add(&out->mem, "the process itself", PROCESS_BYTES, "heap, stacks, private data of libraries");
 	store_release(&s);
 	return 0;

@@ -106,14 +106,17 @@ static int map_pages(struct shard *s, uint32_t *shards, struct err *e)
 
 static int make_plan(struct shard *s, struct err *e)
 {
+	const struct fab_ops *fabric = fabrics_expected(s);
 	const struct shard_place place = { .n_workers = s->n_workers,
 					   .threads = s->data.threads,
-					   .mapped = s->one_host && fabrics_may_map(s) };
+					   .mapped = s->one_host && fabric && fabric->maps,
+					   .connection_bytes = fabric ? fabric->connection_bytes : 0 };
 	int rc = shard_memory_plan(&s->job, &s->table, &s->map, s->self.member, s->batch.n_micro, &place, &s->plan, e);
 
 	if (rc)
 		return rc;
 	s->n_inboxes_planned = place.mapped ? 0 : s->n_workers;
+	s->connection_bytes = place.connection_bytes;
 	mem_plan_log(&s->log, &s->plan.mem);
 	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
 	return 0;
@@ -138,6 +141,8 @@ void service_inbox_opened(struct shard *s)
 		return;
 	s->n_inboxes_planned = n;
 	mem_plan_grow(&s->plan.mem, "inboxes", bytes);
+	if (s->connection_bytes)
+		mem_plan_grow(&s->plan.mem, "connections", s->connection_bytes);
 	atomic_store(&s->count.planned_bytes, s->plan.mem.total);
 	log_info(&s->log, "memory plan: one more inbox, %s: a worker pushes that was not planned for; %s in all",
 		 bytes_text(bytes, each), bytes_text(s->plan.mem.total, all));

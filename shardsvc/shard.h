@@ -363,7 +363,7 @@ struct shard {
 	struct page_map map;
 	struct shard_plan plan;
 	uint64_t inbox_elements; /* of each inbox: the largest share of a unit */
-	uint32_t n_inboxes_planned;
+	uint32_t n_inboxes_planned, connection_bytes;
 	struct store store;
 	struct sum_pool sums;
 	struct data data;
@@ -428,8 +428,8 @@ void inbox_withdraw_all(struct peer *p);
 
 /* What config and flags say of the fabric, and the provider that makes the parameters' memory. */
 int fabrics_open(struct shard *s, struct err *e);
-/* Could workers of this host map our memory? */
-bool fabrics_may_map(const struct shard *s);
+/* The provider that workers will most likely take, as far as it is known before they do; NULL: none. */
+const struct fab_ops *fabrics_expected(const struct shard *s);
 /* The parameters, zeroed: *at. */
 int fabrics_parameters(struct shard *s, uint64_t bytes, void **at, struct err *e);
 /* We are prepared: events of what is open, and of what will be, wake the loop. */

@@ -14,7 +14,8 @@
 struct shard_place {
 	uint32_t n_workers; /* asked for at the start */
 	unsigned threads;
-	bool mapped; /* gradients are read in place */
+	bool mapped;               /* gradients are read in place */
+	uint32_t connection_bytes; /* fab_ops.connection_bytes, of the fabric that workers are expected to take */
 };
 /* Threads of a shard service that nobody gave a number, beside `host_members` on one host. */
 unsigned shard_threads(const struct job_config *c, uint32_t host_members);

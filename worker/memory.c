@@ -76,7 +76,7 @@ int worker_memory_plan(const struct job_config *c, const struct unit_table *t, c
 	uint64_t board = c->host_sharing && !m->mapped ? round_up_u64(board_bytes(t->n_units), PAGE) : 0;
 	int rc;
 
-	place.beside += m->mapped ? 0 : PUSH_STAGING_BYTES + words + board;
+	place.beside += m->connections + (m->mapped ? 0 : PUSH_STAGING_BYTES + words + board);
 	rc = worker_plan_make(c, t, b, &place, out, e);
 	if (rc)
 		return rc;
@@ -88,6 +88,9 @@ int worker_memory_plan(const struct job_config *c, const struct unit_table *t, c
 	if (board)
 		mem_plan_add(&out->mem, "board", board, "what workers of a host tell each other of %u units",
 			     t->n_units);
+	if (m->connections)
+		mem_plan_add(&out->mem, "connections", m->connections, "buffers of the network, to %u shard services",
+			     m->n_shards);
 	if (m->index_bytes)
 		mem_plan_add(&out->mem, "data index", m->index_bytes, "of documents; data files themselves are mapped");
 	mem_plan_add(&out->mem, "the process itself", PROCESS_BYTES, "heap, stacks, the mathematics library");

@@ -37,14 +37,18 @@ static int read_profile(struct worker *w, const char *text, struct err *e)
 
 static int make_plan(struct worker *w, uint32_t host_members, struct err *e)
 {
-	const struct worker_memory m = {
+	struct worker_memory m = {
 		.n_shards = w->n_shards,
 		.host_workers = host_members,
 		.threads = w->threads,
 		.mapped = w->in_place,
 		.index_bytes = data_memory(w->data),
 	};
-	int rc = worker_memory_plan(&w->config, &w->table, &w->batch, &m, &w->plan, e);
+	int rc;
+
+	for (uint32_t i = 0; i < w->attach.n_peers; i++)
+		m.connections += w->attach.peer[i].fabric->ops->connection_bytes;
+	rc = worker_memory_plan(&w->config, &w->table, &w->batch, &m, &w->plan, e);
 
 	if (!rc)
 		mem_plan_log(&w->log, &w->plan.mem);

@@ -50,6 +50,7 @@ struct worker_memory {
 	uint32_t n_shards, host_workers; /* of the job; workers that share this host */
 	unsigned threads;
 	bool mapped;          /* units are read and gradients folded in place */
+	uint64_t connections; /* fab_ops.connection_bytes, of all of them */
 	uint64_t index_bytes; /* data_memory: taken already, since only the data tell how much it is */
 };
 /* Threads of a worker that nobody gave a number, beside `host_members` on one host. */

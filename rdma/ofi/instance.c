@@ -240,6 +240,7 @@ static const struct fab_counters *ofi_counters(const struct fab *f)
 const struct fab_ops fab_ofi_ops = {
 	.name = "ofi",
 	.maps = false,
+	.connection_bytes = OFI_CONNECTION_BYTES,
 	.probe = ofi_probe,
 	.open = ofi_open,
 	.close = ofi_close,

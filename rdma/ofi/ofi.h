@@ -33,6 +33,7 @@
 #define OFI_SIGNALS 8           /* handed out by one fab_poll */
 #define OFI_INFLIGHT_BYTES (16ull << 20)
 #define OFI_DEADLINE_NS 5000000000ull
+#define OFI_CONNECTION_BYTES (4u << 20) /* with tcp;ofi_rxm: nearly all of it libfabric's */
 #define OFI_DOWN_NS 30000000000ull
 
 _Static_assert(OFI_OPS >= FAB_BATCH_MAX, "a batch fits");

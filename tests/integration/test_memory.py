@@ -169,6 +169,13 @@ def pieces(directory):
                 check(line != "final norm and logits" or n < 300 * MIB, f"{line} takes {n / MIB:.1f} MiB")
 
 
+def connections(directory):
+    """A network's buffers are by connection, and of the plan."""
+    for shards, workers in ((8, 1), (1, 8)):
+        seen = case(directory, shards, workers, 1, "ofi", "llama", "recompute", 1, steps=1)
+        check(all("connections" in [name for name, _ in m.lines()] for m in seen), "connections are not planned")
+
+
 def whole(directory):
     """The whole matrix; long."""
     rest = itertools.product((1, 2, 3), (1, 2), (1, 2), ("local", "local-copy"), ("gpt2", "llama"),
@@ -249,4 +256,4 @@ def command(directory):
 
 
 if __name__ == "__main__":
-    main([walk, pieces, whole, shares, stopped, joined, command])
+    main([walk, pieces, connections, whole, shares, stopped, joined, command])
