@@ -17,8 +17,8 @@ struct job_plan {
 	const struct job_config *config;
 	struct batch_plan batch;
 	struct unit_table table;
-	const struct fab_ops
-		*fabric; /* what a pair on this host would use, as far as it is known before members meet */
+	/* What a pair on this host would use, as far as it is known before members meet. */
+	const struct fab_ops *fabric;
 	uint64_t index_bytes, total;
 	FILE *out;
 };
