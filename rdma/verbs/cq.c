@@ -133,13 +133,13 @@ uint32_t vb_rail_poll(struct vb_rail *r)
 	return (uint32_t)n;
 }
 
-/* Up, and with nothing of ours on its way. */
+/* Nothing of ours is on its way. */
 static bool only_serves(const struct vb_rail *r)
 {
 	for (uint32_t i = 0; i < r->n_qps; i++)
 		if (r->qp[i].head != r->qp[i].tail)
 			return false;
-	return r->state == VB_UP;
+	return true;
 }
 
 bool vb_rails_arm(struct fab *f)
