@@ -124,14 +124,17 @@ static int ask(struct query *q, const struct observer_flags *f)
 {
 	struct conn *c;
 	struct err e = { 0 };
+	int rc;
 
 	q->self.base = event_base_new();
 	if (!q->self.base)
 		return EXIT_JOB_FAILED;
-	if (observer_connect(&q->self, f, CONNECT_TIMEOUT_NS, &query_ops, q, &c, &e)) {
+	rc = observer_connect(&q->self, f, CONNECT_TIMEOUT_NS, &query_ops, q, &c, &e);
+	if (rc) {
 		fprintf(stderr, "meshctl: %s\n", e.text);
 		event_base_free(q->self.base);
-		return EXIT_RETRY_LATER;
+		/* What was typed does not get better by itself, as a coordinator that is not there yet may. */
+		return rc == -EINVAL ? EXIT_USAGE : EXIT_RETRY_LATER;
 	}
 	event_base_dispatch(q->self.base);
 	event_base_free(q->self.base);

@@ -71,13 +71,18 @@ def batches(directory):
     nothing_left(directory)
 
 
-def counts(directory):
-    """Numbers on the command line that no job can have."""
+def flags(directory):
+    """Numbers on the command line that no job can have, and no job at all."""
     path = config(directory)
     for flag, value, word in (("--shards", 0, "at least 1"), ("--workers", 0, "at least 1"), ("--steps", 0, "at least 1"),
                               ("--shards", 1025, "at most 1024"), ("--workers", 4097, "at most 4096")):
         expect(path, 42, f"{flag}: expected {word}", flags=[flag, value])
     expect(path, 2, "--steps", "'-1'", flags=["--steps", "-1"])
+    for flags, code, word in (([], 2, "--run-dir"), (["--rdzv-endpoint", "127.0.0.1:1"], 2, "--rdzv-id"),
+                              (["--run-dir", directory / "none"], 75, "is there a job")):
+        for command in ("status", "stop"):
+            p = subprocess.run([BIN / "meshctl", command, *flags], capture_output=True, text=True, env=clean_environment())
+            check(p.returncode == code and word in p.stderr, f"{command}: exit code {p.returncode}: {p.stderr}")
     nothing_left(directory)
 
 
@@ -388,6 +393,6 @@ def no_descriptors(directory):
 
 
 if __name__ == "__main__":
-    main([keys, batches, counts, missing_files, unreadable_files, short_data, jsonl_lines, tokenizers, hostile_weights,
+    main([keys, batches, flags, missing_files, unreadable_files, short_data, jsonl_lines, tokenizers, hostile_weights,
           token_beyond_vocabulary, too_large, port_in_use, run_directories, read_only_run_directory, held_lock, stale_lock,
           token_files, non_finite, full_disk, no_descriptors])
