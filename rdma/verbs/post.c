@@ -10,10 +10,11 @@
  * go to the queue pair with the least in flight, of all rails that are up and of
  * ports whose budget has room, in chains whose last work request is signalled:
  * since a queue pair completes in order, it speaks for all before it. Within a
- * chain so is the one that ends each HEARD_BYTES: a few large slices are all
- * that is in flight, and would come back together, with nothing for the NIC to
- * do until the next are posted; but every answer costs a completion here and
- * brings a small refill, so small slices share one.
+ * chain so is the one that ends each so many bytes: if all that is in flight came
+ * back together, the NIC would have nothing to do until the next are posted. But
+ * every answer costs a completion and brings a refill of its own, so there are
+ * only so many that half of what the queue pair has stays with the NIC meanwhile,
+ * within HEARD_LEAST and HEARD_MOST.
  * A write keeps to one queue pair, so that its last slice, which carries the
  * notice, is behind the others.
  *
@@ -37,7 +38,8 @@
 
 #include <errno.h>
 
-#define HEARD_BYTES (256u << 10) /* of a chain; then one in the middle is signalled too */
+#define HEARD_LEAST (64u << 10) /* bytes of a chain between two that are signalled */
+#define HEARD_MOST (256u << 10)
 
 /* ------------------------------------------------------------------- posting */
 
@@ -181,8 +183,8 @@ static void fill_wr(struct vb_qp *q, const struct vb_op *o, uint32_t bytes)
 /* Links the work requests, and says which are heard of on either side. */
 static void chain_close(struct vb_qp *q)
 {
+	uint64_t most = least(q->in_flight / 2, HEARD_MOST), unheard = 0;
 	struct ibv_send_wr *notice = NULL;
-	uint32_t unheard = 0;
 
 	for (uint32_t i = 0; i < q->chain_n; i++) {
 		struct ibv_send_wr *wr = &q->wr[i];
@@ -192,7 +194,7 @@ static void chain_close(struct vb_qp *q)
 		if (wr->opcode == IBV_WR_RDMA_WRITE_WITH_IMM)
 			notice = wr;
 		unheard += q->sge[i].length;
-		if (!last && unheard < HEARD_BYTES)
+		if (!last && unheard < (most > HEARD_LEAST ? most : HEARD_LEAST))
 			continue;
 		wr->send_flags |= IBV_SEND_SIGNALED;
 		if (notice)

@@ -317,14 +317,14 @@ static void push_many(struct vpair *v, uint32_t n, uint64_t bytes)
 	stub.hold = false;
 }
 
-/* Each notice arrives, and the last of each queue pair alone wakes; in a long chain one in each 256 KiB. */
+/* Each notice arrives, and the last of each queue pair alone wakes; of large ones each half, or each 256 KiB. */
 static void the_last_notice_wakes(void **state)
 {
 	static const struct {
 		uint32_t n, bytes, wakeups;
-	} cases[] = {
-		{ 1, 8, 1 }, { 10, 8, 2 }, { 12, 4096, 2 }, { 64, 8, 2 }, { 16, 64 << 10, 4 }, { 4, 512 << 10, 4 }
-	};
+	} cases[] = { { 1, 8, 1 },         { 10, 8, 2 },        { 12, 4096, 2 },
+		      { 64, 8, 2 },        { 4, 64 << 10, 4 },  { 8, 64 << 10, 4 },
+		      { 24, 64 << 10, 6 }, { 16, 64 << 10, 4 }, { 4, 512 << 10, 4 } };
 	struct vpair v;
 
 	(void)state;
