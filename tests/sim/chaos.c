@@ -60,14 +60,32 @@ static void freeze(struct sim *s, uint32_t worker)
 	sim_at(s, w->frozen_until, (struct event){ .kind = EV_THAW, .a = worker });
 }
 
+static void freeze_once_more(struct sim *s, uint32_t worker)
+{
+	if (s->freezes < s->plan.freezes + s->plan.kills)
+		freeze(s, worker);
+}
+
+/* The coordinator takes a span back whenever its worker says so. */
+static void give_back_later(struct sim *s, uint32_t worker)
+{
+	if (s->returned == s->plan.returned)
+		return;
+	s->returned++;
+	sim_at(s, s->now + chance_below(&s->chance, s->plan.latency_ns * 2),
+	       (struct event){ .kind = EV_GIVE_BACK, .a = worker });
+}
+
 void chaos_at_sum(struct sim *s, uint32_t worker)
 {
 	if (!chance_of(&s->chance, s->plan.kill_per_1000))
 		return;
-	if (chance_of(&s->chance, 600))
+	if (chance_of(&s->chance, 500))
 		kill_later(s, worker);
-	else if (s->freezes < s->plan.freezes + s->plan.kills)
-		freeze(s, worker);
+	else if (chance_of(&s->chance, 600))
+		freeze_once_more(s, worker);
+	else
+		give_back_later(s, worker);
 }
 
 void chaos_event(struct sim *s, const struct event *e)

@@ -90,6 +90,7 @@ static void choose_hosts(struct plan *p, uint64_t seed, const struct plan_option
 		p->kills = (uint32_t)PICK(&c, 2, 5, 10);
 		p->kill_per_1000 = (uint32_t)PICK(&c, 10, 100, 300);
 	}
+	p->returned = p->per_host ? (uint32_t)PICK(&c, 0, 3, 10) : 0;
 	p->stranger_per_1000 = (uint32_t)PICK(&c, 0, 0, 100);
 	p->partings = p->per_host ? (uint32_t)PICK(&c, 0, 0, 1, 3) : 0;
 	/* Who is read in place has nothing to add. */
@@ -118,9 +119,9 @@ void plan_print(const struct plan *p)
 	       p->push_per_1000, p->max_span, p->latency_ns / SIM_US, p->compute_ns / SIM_US, p->fold_ns / SIM_US);
 	if (p->per_host)
 		printf("      %u workers a host wait %" PRIu64 " us, add for %" PRIu64
-		       " us%s, strangers %u/1000, %u partings\n",
+		       " us%s, strangers %u/1000, %u partings, %u returned\n",
 		       p->per_host, p->host_wait_ns / SIM_US, p->add_ns / SIM_US, p->at_sums ? " and die at it" : "",
-		       p->stranger_per_1000, p->partings);
+		       p->stranger_per_1000, p->partings, p->returned);
 	printf("      slow %u/1000, lag %u/1000, repeat %u/1000, defer %u/1000, %u kills (%u/1000), %u joins, %u freezes, stop at %" PRIu64
 	       " us\n",
 	       p->slow_per_1000, p->lag_per_1000, p->repeat_per_1000, p->defer_per_1000, p->kills, p->kill_per_1000,

@@ -30,7 +30,7 @@ struct options {
 };
 struct totals {
 	uint64_t events, kills, joins, freezes, recalls, starved, spilled, lines;
-	uint64_t added, alone, torn, given_back, parted_living, undecided;
+	uint64_t added, alone, torn, given_back, returned, parted_living, undecided;
 	uint64_t died_in[SUBTREE_OVER + 1], bereaved[SUBTREE_OVER + 1];
 };
 
@@ -61,6 +61,7 @@ static void dispatch(struct sim *s, const struct event *e)
 	case EV_ADDED:
 	case EV_MEET:
 	case EV_PARTED:
+	case EV_GIVE_BACK:
 		worker_event(s, e);
 		break;
 	case EV_KILL:
@@ -141,6 +142,7 @@ static void add_up(struct totals *t, const struct sim *s)
 	t->alone += s->alone;
 	t->torn += s->torn;
 	t->given_back += s->given_back;
+	t->returned += s->returned;
 	t->parted_living += s->parted_living;
 	t->undecided += s->undecided;
 	for (uint32_t i = 0; i <= SUBTREE_OVER; i++) {
@@ -165,8 +167,9 @@ static void print_totals(const struct totals *t, uint64_t seeds)
 	if (!t->added)
 		return;
 	printf("hosts: %" PRIu64 " sums added, %" PRIu64 " went alone, %" PRIu64 " torn, %" PRIu64
-	       " spans given back, %" PRIu64 " living neighbours let go, %" PRIu64 " died between two looks\n",
-	       t->added, t->alone, t->torn, t->given_back, t->parted_living, t->undecided);
+	       " spans given back and %" PRIu64 " without a reason, %" PRIu64 " living neighbours let go, %" PRIu64
+	       " died between two looks\n",
+	       t->added, t->alone, t->torn, t->given_back, t->returned, t->parted_living, t->undecided);
 	print_states("sums of the dead", t->died_in);
 	print_states("of their neighbours", t->bereaved);
 }

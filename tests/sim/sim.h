@@ -66,6 +66,7 @@ struct plan {
 	uint32_t per_host;              /* workers of a host, who add their sums; 0: they do not */
 	uint64_t host_wait_ns, add_ns;
 	bool at_sums;               /* who dies does so where sums are between two */
+	uint32_t returned;          /* spans, at most, that are given back there without a reason */
 	uint32_t stranger_per_1000; /* neighbours that never come to share memory */
 	uint32_t partings;          /* connections between neighbours that break */
 };
@@ -134,6 +135,7 @@ enum event_kind {
 	EV_ADDED,       /* a: worker, b: buffer, c: its add number */
 	EV_MEET,        /* a: worker, b: its neighbour, whose memory is there now */
 	EV_PARTED,      /* a: worker, b: its neighbour, whose connection ended */
+	EV_GIVE_BACK,   /* a: worker */
 	EV_PART,        /* some neighbours' connection breaks */
 	EV_JOIN,
 	EV_CHAOS, /* the next kill, freeze or join at a random moment */
@@ -280,7 +282,7 @@ struct sim {
 	uint32_t kills, joins, freezes, recalls, starved, spilled, max_in_use;
 
 	/* of hosts; where sums were at a death: the dead one's, and those of neighbours that had to do with it */
-	uint64_t added, alone, torn, given_back, parted_living, undecided;
+	uint64_t added, alone, torn, given_back, returned, parted_living, undecided;
 	uint64_t died_in[SUBTREE_OVER + 1], bereaved[SUBTREE_OVER + 1];
 };
 

@@ -490,6 +490,9 @@ void worker_event(struct sim *s, const struct event *e)
 		if (w->state == WORKER_FETCHING)
 			worker_go_on(s, w);
 		break;
+	case EV_GIVE_BACK:
+		on_recall(s, w, w->lease.id);
+		break;
 	case EV_BEAT_WORKER:
 		beat(s, w);
 		break;
