@@ -135,20 +135,32 @@ static inline void ofi_pair_init(struct ofi_pair *p, const char *provider)
 		skip();
 }
 
-static inline void ofi_join(struct ofi_pair *p)
+/* Both instances, and no connection. */
+static inline void ofi_ends_open(struct ofi_pair *p, const char *provider)
+{
+	ofi_pair_init(p, provider);
+	p->f[0] = ofi_new(p, 1);
+	p->f[1] = ofi_new(p, 2);
+}
+
+/* Side 0 begins to connect; what it has to say to side 1 is its first signal. */
+static inline void ofi_begin(struct ofi_pair *p)
 {
 	struct fab_blob address;
 
 	assert_int_equal(p->ops->address(p->f[1], USER_B, &address), 0);
 	assert_int_equal(p->ops->connect(p->f[0], &address, USER_A, &p->ep[0]), 0);
+}
+
+static inline void ofi_join(struct ofi_pair *p)
+{
+	ofi_begin(p);
 	ofi_meet(p);
 }
 
 static inline void ofi_pair_open(struct ofi_pair *p, const char *provider)
 {
-	ofi_pair_init(p, provider);
-	p->f[0] = ofi_new(p, 1);
-	p->f[1] = ofi_new(p, 2);
+	ofi_ends_open(p, provider);
 	ofi_join(p);
 }
 
@@ -171,16 +183,10 @@ static inline void ofi_bench_open(struct ofi_pair *p, const char *provider, uint
 		    bytes);
 }
 
+/* But "." and "..". */
 static inline uint32_t ofi_threads(void)
 {
-	DIR *d = opendir("/proc/self/task");
-	uint32_t n = 0;
-
-	assert_non_null(d);
-	while (readdir(d))
-		n++;
-	closedir(d);
-	return n - 2;
+	return dir_entries("/proc/self/task") - 2;
 }
 
 #endif

@@ -83,16 +83,13 @@ static void what_is_missing_is_named(void **state)
 
 static void secrets_are_good_once(void **state)
 {
-	struct fab_blob address, hello;
+	struct fab_blob hello;
 	struct ofi_pair p = { 0 };
 	char text[128];
 
 	(void)state;
-	ofi_pair_init(&p, NULL);
-	p.f[0] = ofi_new(&p, 1);
-	p.f[1] = ofi_new(&p, 2);
-	assert_int_equal(p.ops->address(p.f[1], USER_B, &address), 0);
-	assert_int_equal(p.ops->connect(p.f[0], &address, USER_A, &p.ep[0]), 0);
+	ofi_ends_open(&p, NULL);
+	ofi_begin(&p);
 	hello = next_signal(&p, 0);
 	/* Another peer's secret, a secret that nobody was given. */
 	assert_int_equal(p.ops->signal(p.f[1], USER_B + 1, &hello), -EPROTO);
@@ -168,9 +165,7 @@ static void the_oldest_unused_address_is_forgotten(void **state)
 	struct fab_ep *ep;
 
 	(void)state;
-	ofi_pair_init(&p, NULL);
-	p.f[0] = ofi_new(&p, 1);
-	p.f[1] = ofi_new(&p, 2);
+	ofi_ends_open(&p, NULL);
 	assert_int_equal(p.ops->address(p.f[1], 1, &first), 0);
 	assert_int_equal(p.ops->address(p.f[1], 2, &second), 0);
 	for (uint32_t i = 0; i < 4095; i++)
@@ -211,15 +206,11 @@ static void each_side_hears_of_the_end_once(void **state)
 static void who_is_not_answered_gives_up(void **state)
 {
 	struct ofi_pair p = { .options = { .down_ns = SECOND / 4, .deadline_ns = SECOND / 20 }, .cut = true };
-	struct fab_blob address;
 	struct fab_event ev;
 
 	(void)state;
-	ofi_pair_init(&p, NULL);
-	p.f[0] = ofi_new(&p, 1);
-	p.f[1] = ofi_new(&p, 2);
-	assert_int_equal(p.ops->address(p.f[1], USER_B, &address), 0);
-	assert_int_equal(p.ops->connect(p.f[0], &address, USER_A, &p.ep[0]), 0);
+	ofi_ends_open(&p, NULL);
+	ofi_begin(&p);
 	assert_int_equal(p.ops->read(p.ep[0], NULL, 0), -ENOTCONN);
 	ev = ofi_expect(&p, 0, FAB_EV_DOWN);
 	assert_int_equal(ev.status, -ETIMEDOUT);
@@ -234,16 +225,13 @@ static void who_does_not_come_is_forgotten(void **state)
 {
 	struct ofi_pair p = { .options = { .down_ns = SECOND / 4, .deadline_ns = SECOND } };
 	uint64_t end = clock_now_ns() + WAIT_NS;
-	struct fab_blob address, hello;
+	struct fab_blob hello;
 	struct fab_event ev;
 	uint32_t fds;
 
 	(void)state;
-	ofi_pair_init(&p, NULL);
-	p.f[0] = ofi_new(&p, 1);
-	p.f[1] = ofi_new(&p, 2);
-	assert_int_equal(p.ops->address(p.f[1], USER_B, &address), 0);
-	assert_int_equal(p.ops->connect(p.f[0], &address, USER_A, &p.ep[0]), 0);
+	ofi_ends_open(&p, NULL);
+	ofi_begin(&p);
 	hello = next_signal(&p, 0);
 	p.ops->disconnect(p.ep[0]);
 	fds = open_fds();
@@ -301,14 +289,10 @@ static void closing_ends_what_is_half_way(void **state)
 	(void)state;
 	for (uint32_t i = 0; i < 12; i++) {
 		struct ofi_pair p = { 0 };
-		struct fab_blob address;
 		struct fab_event ev;
 
-		ofi_pair_init(&p, NULL);
-		p.f[0] = ofi_new(&p, 1);
-		p.f[1] = ofi_new(&p, 2);
-		assert_int_equal(p.ops->address(p.f[1], USER_B, &address), 0);
-		assert_int_equal(p.ops->connect(p.f[0], &address, USER_A, &p.ep[0]), 0);
+		ofi_ends_open(&p, NULL);
+		ofi_begin(&p);
 		for (uint32_t k = 0; k < i * 4; k++) {
 			(void)ofi_take(&p, k % 2, &ev);
 			nap();
