@@ -37,7 +37,7 @@ def once_a_host(directory):
     counts = [re.search(r"sharing: (\d+) .* network, (\d+) from .*\((\d+) bytes\)", s) for s in said]
     check(all(counts), f"a worker does not say what it read: {said}")
     read, copied, seized = (sum(int(c[i]) for c in counts) for i in (1, 2, 3))
-    text = (f"{directory.name}: {there} bytes of parameters in guest 1, read {VERSIONS} times; guest 2's two workers read "
+    text = (f"{directory.name}: {there} bytes of parameters in guest 1, read {VERSIONS} times; guest 2's workers read "
             f"{read} of them ({seized} seized) and {copied} from each other")
     print(text, flush=True)
     # The first version may be there before the two know each other.

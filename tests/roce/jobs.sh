@@ -117,8 +117,8 @@ as_before() { # what left_behind said
 	[[ $(left_behind) == "$1" ]]
 }
 
-# Whoever had to do with the worker that was killed in guest 1 says who is gone: the coordinator, both shard services, the
-# worker beside it.
+# Whoever had to do with the worker that was killed in guest 1 says who is gone: the coordinator, both shard services,
+# the worker beside it.
 named() { # run directory
 	local who
 	if ((GUEST == 1)); then

@@ -6,8 +6,8 @@
 # (jobs.sh): all with the same bits. Beside it a member attacks, and connections come and go, and leave nothing behind.
 # Then the throughput against perftest's. What the guests leave is in DIR (build/roce/run). The last line is
 #   roce: same bits, fetch R of ib_read_bw, push R of ib_write_bw
-# with R the lower of those at 64 KiB and 1 MiB; tests/bench/roce.sh measures longer. --all: also a GID that moves, every
-# way to connect without trouble, and 10,000 connections and 1,000 errors (half an hour more). Exit status 77 with
+# with R the lower of those at 64 KiB and 1 MiB; tests/bench/roce.sh measures longer. --all: also a GID that moves,
+# every way to connect without trouble, and 10,000 connections and 1,000 errors (half an hour more). Exit status 77 with
 # "skipped: REASON" where there can be no guest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
