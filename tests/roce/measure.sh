@@ -19,9 +19,9 @@ print(functools.reduce(lambda x, k: x[int(k)] if k.isdigit() else x[k], sys.argv
 }
 
 ours() { # read or push, size, depth
-	# The same few buffers over and over, as perftest does.
+	# One buffer over and over, as perftest does with messages of more than a page.
 	"$SHARDMESH_BIN/meshctl" bench fabric --fabric verbs --operation "$1" --sizes "$2" --depths "$3" \
-		--memory $(($2 * $3)) --seconds 2 --json | number results.0.gb_per_s | awk '{ print $1 * 1000 }'
+		--memory "$2" --seconds 2 --json | number results.0.gb_per_s | awk '{ print $1 * 1000 }'
 }
 
 theirs() { # read or push, size, depth, iterations
