@@ -71,7 +71,7 @@ struct fab_blob {
 struct fab_op {
 	struct fab_remote *remote;
 	uint64_t remote_offset;
-	struct fab_region *local;
+	struct fab_region *local; /* not one that a peer writes: a provider may keep that apart from all others */
 	uint64_t local_offset;
 	uint64_t bytes;
 	uint64_t user; /* comes back with the completion */
