@@ -285,7 +285,7 @@ static int prepare_once(struct shard *s, const struct member_table *t, struct er
 
 	for (uint32_t i = 0; i < t->n; i++)
 		n += t->member[i].role == ROLE_SHARD;
-	if (s->prepared || n != s->n_shards)
+	if (s->prepared || n == 0 || n != s->n_shards)
 		return 0;
 	ids = calloc(n, sizeof(*ids));
 	if (!ids)
