@@ -3,7 +3,6 @@
 #include "meshctl/meshctl.h"
 
 #include <errno.h>
-#include <string.h>
 
 static int lay_networks(const struct fab_flags *f, struct job_config *c, struct err *e)
 {
@@ -18,26 +17,19 @@ static int lay_networks(const struct fab_flags *f, struct job_config *c, struct 
 	return rc;
 }
 
-/* Zero is "not given" to what lays the flags over the config, so one that was given is refused here. */
-static int check_counts(const struct opt *opts, struct err *e)
+static const uint64_t *given(const struct opt *opts, int which)
 {
-	static const char *const counts[] = { "shards", "workers", "steps" };
-
-	for (const struct opt *o = opts; o->name; o++)
-		for (size_t i = 0; i < ARRAY_LEN(counts); i++)
-			if (o->set && !strcmp(o->name, counts[i]) && *(const uint64_t *)o->out == 0)
-				return err_set(e, -EINVAL, "--%s: expected at least 1, found 0", o->name);
-	return 0;
+	return opts[which].set ? opts[which].out : NULL;
 }
 
 static int load(const struct config_flags *f, const struct opt *opts, struct job_config *c)
 {
 	struct job_overrides over = {
-		.shards = f->shards,
-		.workers = f->workers,
-		.threads = f->threads,
-		.steps = f->steps,
-		.seed = opts[CONFIG_OPT_SEED].set ? &f->seed : NULL,
+		.shards = given(opts, CONFIG_OPT_SHARDS),
+		.workers = given(opts, CONFIG_OPT_WORKERS),
+		.threads = given(opts, CONFIG_OPT_THREADS),
+		.steps = given(opts, CONFIG_OPT_STEPS),
+		.seed = given(opts, CONFIG_OPT_SEED),
 		.run_dir = f->run_dir,
 		.fabric = f->fabric.fabric,
 	};
@@ -51,8 +43,7 @@ static int load(const struct config_flags *f, const struct opt *opts, struct job
 		fprintf(stderr, "meshctl: %s\n", e.text);
 		return EXIT_CONFIG;
 	}
-	if (check_counts(opts, &e) || job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) ||
-	    job_config_validate(c, &e)) {
+	if (job_config_override(c, &over, &e) || lay_networks(&f->fabric, c, &e) || job_config_validate(c, &e)) {
 		fprintf(stderr, "meshctl: %s: %s\n", f->config, e.text);
 		job_config_release(c);
 		return EXIT_CONFIG;

@@ -29,16 +29,16 @@ struct config_flags {
 	struct fab_flags fabric;
 	uint64_t shards, workers, threads, steps, seed;
 };
-/* Their entries, first in a command's table: opts[CONFIG_OPT_SEED].set says whether a seed was given. */
-enum { CONFIG_OPT_FILE, CONFIG_OPT_SEED };
-#define CONFIG_OPTS(f)                                                                                      \
-	{ "config", OPT_STR, &(f).config, "FILE", "DeepSpeed JSON", false },                                \
-		{ "seed", OPT_U64, &(f).seed, "N", "seed of everything random", false },                    \
-		{ "shards", OPT_U64, &(f).shards, "N", "shard services", false },                           \
-		{ "workers", OPT_U64, &(f).workers, "N", "workers", false },                                \
-		{ "threads", OPT_U64, &(f).threads, "N", "threads of each; 0: as the config says", false }, \
-		{ "steps", OPT_U64, &(f).steps, "N", "steps to train", false },                             \
-		{ "run-dir", OPT_STR, &(f).run_dir, "DIR", "steps.jsonl, logs, model/", false },            \
+/* Their entries, first in a command's table and in this order: opts[CONFIG_OPT_SEED].set says whether a seed was given. */
+enum { CONFIG_OPT_FILE, CONFIG_OPT_SEED, CONFIG_OPT_SHARDS, CONFIG_OPT_WORKERS, CONFIG_OPT_THREADS, CONFIG_OPT_STEPS };
+#define CONFIG_OPTS(f)                                                                             \
+	{ "config", OPT_STR, &(f).config, "FILE", "DeepSpeed JSON", false },                       \
+		{ "seed", OPT_U64, &(f).seed, "N", "seed of everything random", false },           \
+		{ "shards", OPT_U64, &(f).shards, "N", "shard services", false },                  \
+		{ "workers", OPT_U64, &(f).workers, "N", "workers", false },                       \
+		{ "threads", OPT_U64, &(f).threads, "N", "threads of each; 0: automatic", false }, \
+		{ "steps", OPT_U64, &(f).steps, "N", "steps to train", false },                    \
+		{ "run-dir", OPT_STR, &(f).run_dir, "DIR", "steps.jsonl, logs, model/", false },   \
 		FAB_FLAG_OPTS((f).fabric)
 
 /* A command whose table begins with CONFIG_OPTS(*flags). */

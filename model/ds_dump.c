@@ -11,14 +11,36 @@
 
 /* ---------------------------------------------------------------- overrides */
 
-static int override_u32(uint32_t *field, uint64_t v, uint64_t max, const char *flag, struct err *e)
+struct bounds {
+	uint64_t min, max;
+};
+
+static int check_flag(const uint64_t *v, struct bounds b, const char *flag, struct err *e)
 {
-	if (v > max)
-		return err_set(e, -EINVAL, "--%s: expected at most %llu, found %llu", flag, (unsigned long long)max,
-			       (unsigned long long)v);
-	if (v)
-		*field = (uint32_t)v;
-	return 0;
+	bool low = v && *v < b.min;
+
+	if (!v || (!low && *v <= b.max))
+		return 0;
+	return err_set(e, -EINVAL, "--%s: expected at %s %llu, found %llu", flag, low ? "least" : "most",
+		       (unsigned long long)(low ? b.min : b.max), (unsigned long long)*v);
+}
+
+static int override_u32(uint32_t *field, const uint64_t *v, struct bounds b, const char *flag, struct err *e)
+{
+	int rc = check_flag(v, b, flag, e);
+
+	if (!rc && v)
+		*field = (uint32_t)*v;
+	return rc;
+}
+
+static int override_u64(uint64_t *field, const uint64_t *v, struct bounds b, const char *flag, struct err *e)
+{
+	int rc = check_flag(v, b, flag, e);
+
+	if (!rc && v)
+		*field = *v;
+	return rc;
 }
 
 static int override_string(char **field, char *copy, struct err *e)
@@ -39,29 +61,25 @@ static int override_fabric(struct job_config *c, const char *fabric, struct err 
 
 int job_config_override(struct job_config *c, const struct job_overrides *o, struct err *e)
 {
-	int rc = override_u32(&c->shards, o->shards, 1024, "shards", e);
+	const struct bounds shards = { 1, 1024 }, workers = { 1, 4096 }, threads = { 0, 1024 };
+	const struct bounds steps = { 1, INT64_MAX }, seed = { 0, INT64_MAX };
+	int rc = override_u32(&c->shards, o->shards, shards, "shards", e);
 
 	if (!rc)
-		rc = override_u32(&c->workers, o->workers, 4096, "workers", e);
+		rc = override_u32(&c->workers, o->workers, workers, "workers", e);
 	if (!rc)
-		rc = override_u32(&c->threads_per_worker, o->threads, 1024, "threads", e);
+		rc = override_u32(&c->threads_per_worker, o->threads, threads, "threads", e);
 	if (!rc)
-		rc = override_u32(&c->threads_per_shard, o->threads, 1024, "threads", e);
-	if (!rc && o->steps > INT64_MAX)
-		rc = err_set(e, -EINVAL, "--steps: too large");
-	if (!rc && o->seed && *o->seed > INT64_MAX)
-		rc = err_set(e, -EINVAL, "--seed: expected at most %lld", (long long)INT64_MAX);
+		rc = override_u32(&c->threads_per_shard, o->threads, threads, "threads", e);
+	if (!rc)
+		rc = override_u64(&c->steps, o->steps, steps, "steps", e);
+	if (!rc)
+		rc = override_u64(&c->seed, o->seed, seed, "seed", e);
 	if (!rc && o->run_dir)
 		rc = override_string(&c->run_dir, ds_absolute(NULL, o->run_dir), e);
 	if (!rc && o->fabric)
 		rc = override_fabric(c, o->fabric, e);
-	if (rc)
-		return rc;
-	if (o->steps)
-		c->steps = o->steps;
-	if (o->seed)
-		c->seed = *o->seed;
-	return 0;
+	return rc;
 }
 
 /* --------------------------------------------------------------- validation */

@@ -196,10 +196,9 @@ struct job_config {
  */
 int job_config_parse(const char *text, const char *name, const char *base_dir, struct job_config *out, struct err *e);
 int job_config_load(const char *path, struct job_config *out, struct err *e);
-/* What the command line lays over the file, before validation; NULL or 0: not given. threads: of both roles. */
+/* What the command line lays over the file, before validation; NULL: not given. threads: of both roles. */
 struct job_overrides {
-	uint64_t shards, workers, threads, steps;
-	const uint64_t *seed;
+	const uint64_t *shards, *workers, *threads, *steps, *seed;
 	const char *run_dir, *fabric;
 };
 /* The same for one option of networks. -EINVAL: there is none of the name; -ENOMEM. */

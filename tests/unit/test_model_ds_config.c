@@ -399,15 +399,18 @@ static void test_round_trip(void **state)
 static void test_override(void **state)
 {
 	struct job_config c = parse_good("\"train_batch_size\": 8");
-	struct job_overrides o = {
-		.shards = 3, .workers = 5, .threads = 2, .steps = 99, .run_dir = "/r", .fabric = "local"
-	};
-	uint64_t seed = 0;
+	const uint64_t shards = 3, workers = 5, threads = 2, steps = 99, seed = 0, many = 5000, none = 0;
+	struct job_overrides o = { .shards = &shards,
+				   .workers = &workers,
+				   .threads = &threads,
+				   .steps = &steps,
+				   .seed = &seed,
+				   .run_dir = "/r",
+				   .fabric = "local" };
 	char cwd[1024], want[1100];
 	struct err e = { 0 };
 
 	(void)state;
-	o.seed = &seed;
 	assert_int_equal(job_config_override(&c, &o, &e), 0);
 	assert_int_equal(c.shards, 3);
 	assert_int_equal(c.workers, 5);
@@ -426,8 +429,12 @@ static void test_override(void **state)
 	assert_string_equal(c.run_dir, want);
 	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .fabric = "tcp" }, &e), -EINVAL);
 	assert_string_equal(e.text, "--fabric: expected auto, local, local-copy, verbs or ofi, found \"tcp\"");
-	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .workers = 5000 }, &e), -EINVAL);
+	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .workers = &many }, &e), -EINVAL);
 	assert_string_equal(e.text, "--workers: expected at most 4096, found 5000");
+	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .steps = &none }, &e), -EINVAL);
+	assert_string_equal(e.text, "--steps: expected at least 1, found 0");
+	assert_int_equal(job_config_override(&c, &(struct job_overrides){ .threads = &none }, &e), 0);
+	assert_int_equal(c.threads_per_worker, 0);
 	job_config_release(&c);
 }
 
