@@ -153,13 +153,10 @@ static bool adds_products(const struct blas *b)
 	static const uint32_t shape[][3] = { { 192, 400, 128 }, { 50, 97, 128 }, { 17, 16, 127 }, { 96, 48, 64 } };
 	enum { IN = 7 + 400 * 128, OUT = 2 * 192 * 400 };
 	float *in = malloc((IN + OUT) * sizeof(*in));
-	uint32_t x = 1;
 	bool same = in;
 
-	for (uint32_t i = 0; in && i < IN; i++) {
-		x = x * 1664525u + 1013904223u;
-		in[i] = (float)(int32_t)x * 0x1p-31f;
-	}
+	if (in)
+		rng_fill_normal(in, IN, 1, 0, 0, 0.0f, 1.0f);
 	for (size_t i = 0; same && i < ARRAY_LEN(shape); i++)
 		same = adds_one(b, shape[i][0], shape[i][1], shape[i][2], in, in + IN);
 	free(in);
