@@ -19,7 +19,7 @@ print(functools.reduce(lambda x, k: x[int(k)] if k.isdigit() else x[k], sys.argv
 }
 
 ours() { # read or push, size, depth
-	# One buffer over and over, as perftest does with messages of more than a page.
+	# One buffer over and over, as perftest does with messages of more than half a page.
 	"$SHARDMESH_BIN/meshctl" bench fabric --fabric verbs --operation "$1" --sizes "$2" --depths "$3" \
 		--memory "$2" --seconds 2 --json | number results.0.gb_per_s | awk '{ print $1 * 1000 }'
 }
