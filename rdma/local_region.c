@@ -102,10 +102,7 @@ static int region_map(struct fab_region *r, const struct fab_region_attr *a)
 	ret = region_map_huge(r, name, a->bytes);
 	if (!ret)
 		return 0;
-	log_warn(r->fab->log,
-		 "region %s: no huge pages (%s): ordinary pages instead, transparent huge pages where the kernel has "
-		 "them; sysctl vm.nr_hugepages sets huge pages aside",
-		 fab_region_name(a), strerror(-ret));
+	fab_no_huge_pages(r->fab->log, a, ret);
 	ret = region_map_normal(r, name, a->bytes);
 	/* A wish: the kernel may be configured not to have them for shared memory. */
 	if (!ret)

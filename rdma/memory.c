@@ -57,6 +57,14 @@ static int map_ordinary(const struct fab_region_attr *a, uint8_t **base, uint64_
 	return ret;
 }
 
+void fab_no_huge_pages(struct log *log, const struct fab_region_attr *a, int error)
+{
+	log_warn(log,
+		 "region %s: no huge pages (%s): ordinary pages instead, transparent huge pages where the kernel has "
+		 "them; sysctl vm.nr_hugepages sets huge pages aside",
+		 fab_region_name(a), strerror(-error));
+}
+
 int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **base, uint64_t *bytes)
 {
 	int ret;
@@ -66,10 +74,7 @@ int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **b
 	ret = map_pages(round_up_u64(a->bytes, HUGE_PAGE_BYTES), MAP_HUGETLB | MAP_POPULATE, base, bytes);
 	if (!ret)
 		return 0;
-	log_warn(log,
-		 "region %s: no huge pages (%s): ordinary pages instead, transparent huge pages where the kernel has "
-		 "them; sysctl vm.nr_hugepages sets huge pages aside",
-		 fab_region_name(a), strerror(-ret));
+	fab_no_huge_pages(log, a, ret);
 	return map_ordinary(a, base, bytes);
 }
 

@@ -14,6 +14,8 @@ const char *fab_region_name(const struct fab_region_attr *a);
 int fab_region_check(const struct fab_region_attr *a, const char *provider, struct err *e);
 /* Private memory, populated: huge pages when they are asked for and there, else ordinary ones, and the log says why. */
 int fab_memory_map(struct log *log, const struct fab_region_attr *a, uint8_t **base, uint64_t *bytes);
+/* Tells the log that a region has ordinary pages instead. */
+void fab_no_huge_pages(struct log *log, const struct fab_region_attr *a, int error);
 /* fab_ops.map where memory is not shared. */
 int fab_no_map(struct fab_remote *r, uint64_t offset, uint64_t bytes, void *at, void **out);
 
